@@ -1,0 +1,71 @@
+"""A microbatch on its way to the model, and the row of packed documents it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+from zoo.core.attention.mask import Mask
+from zoo.core.contracts import IGNORE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """`seq` tokens of packed documents on the host. Labels are shifted already, so any cut of the row stays right."""
+
+    tokens: np.ndarray[Any, np.dtype[np.int64]]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    documents: tuple[tuple[int, int], ...]
+    """Ascending, disjoint ranges. What lies outside all of them is padding: it sees nothing and trains nothing."""
+
+    @property
+    def trained_tokens(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What a model is called with. `mask` belongs to the attention seam; nobody else looks into it."""
+
+    tokens: Tensor
+    """[1, T] int64"""
+    labels: Tensor
+    """[1, T] int64, IGNORE where nothing is trained"""
+    positions: Tensor
+    """[1, T] int64, restarting at each document"""
+    mask: Any
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            mask=self.mask,
+        )
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows laid end to end as one: documents never see each other, so this is the same function as a batch of rows."""
+    tokens = np.concatenate([row.tokens for row in rows])
+    labels = np.concatenate([row.labels for row in rows])
+    positions = np.zeros_like(tokens)
+    documents: list[tuple[int, int]] = []
+    offset = 0
+    for row in rows:
+        for start, stop in row.documents:
+            documents.append((offset + start, offset + stop))
+            positions[offset + start : offset + stop] = np.arange(stop - start)
+        offset += len(row.tokens)
+    return Batch(
+        tokens=torch.from_numpy(tokens)[None],
+        labels=torch.from_numpy(labels)[None],
+        positions=torch.from_numpy(positions)[None],
+        mask=Mask(length=offset, documents=tuple(documents)),
+    )

@@ -1,0 +1,48 @@
+"""The errors a user can meet. Each carries the exit code of the command it ends."""
+
+from __future__ import annotations
+
+
+class ZooError(Exception):
+    """Something a user can act on: the message says what, where, why and what to type next.
+
+    `exit_code` is the status the command ends with; commands print the message without a traceback.
+    """
+
+    exit_code = 1
+
+
+class UsageError(ZooError):
+    """A flag, key or combination that cannot work."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(ZooError):
+    """The job needs more memory than the machine has."""
+
+    exit_code = 3
+
+
+class PluginError(ZooError):
+    """A plugin is missing, broken, or clashes with another."""
+
+    exit_code = 4
+
+
+class DataError(ZooError):
+    """A file that was read is not what it must be: data, tokenizer, checkpoint."""
+
+    exit_code = 5
+
+
+class NumericsError(ZooError):
+    """A loss or a gradient stopped being a number."""
+
+    exit_code = 6
+
+
+class SavedOnSignal(ZooError):
+    """The run was asked to stop, saved, and can be resumed by the same command."""
+
+    exit_code = 75
