@@ -61,6 +61,8 @@ class ModelEntry(Entry):
     """Size name to the id of its published checkpoint."""
     embedded: Mapping[str, str] = field(default_factory=dict)
     """Size name to the directory of a checkpoint that ships with the plugin."""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Size name to settings that suit it, as dotted keys of a job: `{"optim.lr": 1e-3}`. A user's word wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,9 @@ class ConverterEntry(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFormatEntry(Entry):
     """A form of training sample; the target is a `DataFormat`: a function from record to `Sample`."""
+
+    overlong: str = "error"
+    """What is done by default with a sample longer than a row: `error`, `split`, `truncate`, `drop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +167,8 @@ class ModelSpec:
     flops_per_token: Callable[[Any, float], float]
     """(config, mean number of keys a token sees) to forward plus backward FLOPs."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
+    override: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, over: {**fields, **over}
+    """`hub_config`'s fields with some set anew, kept consistent where one fact has several fields (RoPE)."""
     init_buffers: Callable[[nn.Module, Any], None] = lambda _model, _config: None
     """Fill non-persistent buffers in place after `to_empty`."""
 
@@ -317,8 +324,10 @@ class Setup:
 
     seq: int
     scheme: ContextScheme | None
-    param_dtype: str
-    reduce_dtype: str
+    dtype: str
+    """Type of the arithmetic."""
+    master_dtype: str
+    """Type of the weights, of their gradients' sums and of the optimizer state."""
 
 
 class ParallelAdapter(Protocol):
@@ -331,8 +340,11 @@ class ParallelAdapter(Protocol):
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why this layout cannot work, with the nearest that does. Host only."""
 
+    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+        """Whether there is anything to do, usually: one of its axes exceeds 1."""
+
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, setup: Setup) -> nn.Module:
-        """Change the model in place (or wrap it) for this rank. Called when one of its axes exceeds 1."""
+        """Change the model in place (or wrap it) for this rank. Called only when it applies."""
 
     def shard_batch(self, batch: Batch, mesh: DeviceMesh, setup: Setup) -> Batch:
         """This rank's part of a batch. Most adapters return it unchanged."""
@@ -384,6 +396,12 @@ class Converter(Protocol):
 
     name: str
 
+    def locate(self, source: str) -> Path | None:
+        """The local directory a hub id or path means, fetched if need be; None if it is not of this form.
+
+        Raises DataError if it is of this form and cannot be had.
+        """
+
     def open(self, path: Path) -> HubCheckpoint:
         """Check the directory and open it. Raises DataError naming file, tensor and rule."""
 
@@ -413,10 +431,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One raw sample as read, and where it came from (`train.jsonl:17`)."""
+    """One raw sample as read, and where it came from."""
 
     fields: Mapping[str, Any]
-    where: str
+    where: object
+    """Its str() is the place: `train.jsonl:17`. Not a str itself, because counting lines is work for error messages."""
 
 
 class DataFormat(Protocol):

@@ -46,3 +46,12 @@ class SavedOnSignal(ZooError):
     """The run was asked to stop, saved, and can be resumed by the same command."""
 
     exit_code = 75
+
+
+def one_line(error: BaseException) -> str:
+    """`ImportError: No module named 'x'`: any exception as the first line of what it says."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a stranger's __str__ may itself be broken
+        lines = []
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

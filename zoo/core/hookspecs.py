@@ -1,4 +1,4 @@
-"""The hooks of zoo. Registration hooks return entries; decision hooks return a choice or None; observers return nothing.
+"""The hooks of zoo: registration hooks return entries, decision hooks a choice or None, observers nothing.
 
 A plugin module imports without torch. No hook is called inside a training step.
 """
@@ -102,6 +102,11 @@ def zoo_select_memory_policy(
 @hookspec(firstresult=True)
 def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
     """Name the family of a checkpoint by its config.json."""
+
+
+@hookspec(firstresult=True)
+def zoo_rope_for_length(model: str, config: Mapping[str, Any], seq: int) -> Mapping[str, Any] | None:
+    """Return the config.json fields to change so that a model made for shorter rows takes rows of `seq` tokens."""
 
 
 @hookspec(firstresult=True)

@@ -1,0 +1,295 @@
+"""Trains the embedded tiny Llama-3 on this interpreter's standard library: `python tools/train_tiny.py --out DIR`.
+
+Two processes of one thread each share every batch: on busy cores they wait for each other far less than two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tools import tiny_card, tiny_text
+from tools.tiny_rows import Kind, RowMaker, TrainRow
+from zoo.core.contracts import IGNORE
+from zoo.models.llama3 import plugin
+from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
+
+RANKS = 2
+PEAK_LR, FINAL_LR, WARM_UP_STEPS = 4e-3, 0.05, 50
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
+NEEDLES = 33
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Some steps on rows of one length. `share` of the rows are of `kind`, the others pure text.
+
+    The loss is `answers` * mean over what the row itself answers + `text` * mean over text. In rows of `kind`
+    only a quarter of the text counts: enough for what it weighs, and the head is a third of the work.
+    """
+
+    kind: Kind
+    length: int
+    steps: int
+    rows: int
+    share: float = 1.0
+    answers: float = 1.0
+    text: float = 0.1
+
+
+# Without the strings first, needles are not learned at all in this many steps.
+STAGES = (
+    Stage(kind="string", length=64, rows=64, steps=200),
+    Stage(kind="string", length=128, rows=32, steps=200),
+    Stage(kind="string", length=256, rows=16, steps=150),
+    Stage(kind="needles", length=128, rows=32, steps=100),
+    Stage(kind="needles", length=256, rows=16, steps=100),
+    Stage(kind="needles", length=512, rows=12, steps=450, share=1 / 3, answers=0.5, text=1.0),
+    Stage(kind="needles", length=1024, rows=8, steps=450, share=1 / 4, answers=0.5, text=1.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """The standard library, encoded, with what draws rows from its training part."""
+
+    tokenizer: Tokenizer
+    vocabulary: NeedleTokens
+    held_out_documents: Sequence[tiny_text.Document]
+    train: Sequence[Ids]
+    held_out: Sequence[Ids]
+
+    @classmethod
+    def read(cls) -> Corpus:
+        documents = tiny_text.stdlib_documents()
+        seen = [document for document in documents if not document.held_out]
+        unseen = [document for document in documents if document.held_out]
+        tokenizer = tiny_text.train_tokenizer(seen)
+        return cls(
+            tokenizer=tokenizer,
+            vocabulary=NeedleTokens.of(tokenizer),
+            held_out_documents=unseen,
+            train=tiny_text.encode(tokenizer, seen),
+            held_out=tiny_text.encode(tokenizer, unseen),
+        )
+
+    def rows(self, documents: Sequence[Ids], seed: int) -> RowMaker:
+        return RowMaker(documents=documents, vocabulary=self.vocabulary, rng=np.random.default_rng(seed))
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def build_model(seed: int) -> nn.Module:
+    """The zoo's own Llama. Every matrix is drawn here, by sorted name, so that the seed alone fixes the start."""
+    spec = plugin.zoo_register_models()[0].load()
+    model: nn.Module = spec.build(spec.parse(tiny_card.CONFIG))
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, 0.0, tiny_card.CONFIG["initializer_range"], generator=generator)
+    return model
+
+
+def labels_of(rows: Sequence[TrainRow], stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, T], labels [B, T] with IGNORE where nothing counts, and which of them are answers."""
+    whole = np.stack([row.tokens for row in rows])
+    labels, answers = whole.copy(), np.zeros(whole.shape, dtype=bool)
+    for i, row in enumerate(rows):
+        answers[i, row.answers] = True
+        if len(row.answers):
+            labels[i, (rng.random(whole.shape[1]) > 0.25) & ~answers[i]] = IGNORE
+        labels[i, row.hidden] = IGNORE
+    return torch.from_numpy(whole[:, :-1]), torch.from_numpy(labels[:, 1:]), torch.from_numpy(answers[:, 1:])
+
+
+def losses(model: nn.Module, tokens: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss of the answers and of the text. The head sees only rows that count."""
+    used = labels != IGNORE
+    hidden = model.model(tokens, None, None)[used]
+    each = F.cross_entropy(model.lm_head(hidden), labels[used], reduction="none")
+    is_answer = answers[used]
+    return each[is_answer].mean(), each[~is_answer].mean()
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to 5 %."""
+    cosine = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return PEAK_LR * min((step + 1) / WARM_UP_STEPS, cosine)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """One all-reduce of the mean gradient."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / RANKS
+    dist.all_reduce(flat)
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+class Trainer:
+    """The model, its optimizer and this rank's half of every batch."""
+
+    def __init__(self, corpus: Corpus, *, seed: int, steps: int) -> None:
+        self.rank = dist.get_rank()
+        self.steps, self.step, self.tokens = steps, 0, 0
+        self.rows = corpus.rows(corpus.train, seed)
+        self.model = build_model(seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.start = time.monotonic()
+        self.seen: list[tuple[float, float]] = []
+
+    def run(self, stage: Stage) -> None:
+        """All steps of a stage. Both ranks draw the whole batch, so that one generator fixes it, and keep half."""
+        mixed = round(stage.rows * stage.share)
+        for _ in range(stage.steps):
+            rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length) for i in range(stage.rows)]
+            rng = np.random.default_rng((self.step, self.rank))
+            tokens, labels, answers = labels_of(rows[self.rank :: RANKS], stage, rng)
+            known, text = losses(self.model, tokens, labels, answers)
+            (stage.answers * known + stage.text * text).backward()
+            self.update()
+            self.tokens += RANKS * tokens.numel()
+            self.report(stage, known.item(), text.item())
+
+    def update(self) -> None:
+        sum_gradients(self.model)
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def report(self, stage: Stage, known: float, text: float) -> None:
+        """A line every 25 steps, of this rank's rows."""
+        self.seen.append((known, text))
+        if self.step % 25 == 0 and self.rank == 0:
+            mean = np.mean(self.seen, axis=0)
+            where = f"{time.monotonic() - self.start:5.0f} s  step {self.step}/{self.steps}  {stage.kind} {stage.length}"
+            say(f"{where}  answers {mean[0]:.3f}  text {mean[1]:.3f}")
+            self.seen.clear()
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.start) / 60
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def recall_at(model: nn.Module, corpus: Corpus, length: int, *, rows: int) -> float:
+    """Recall in held-out text with needles at even depths."""
+    maker = corpus.rows(corpus.held_out, length)
+    drawn = [
+        needle_row(
+            maker.stream(length), length=length, num_needles=NEEDLES, vocabulary=corpus.vocabulary, rng=maker.rng
+        )
+        for _ in range(rows)
+    ]
+    return recall(model, drawn)
+
+
+def measure(trainer: Trainer, corpus: Corpus, *, seed: int, rows: int = 64) -> tiny_card.Figures:
+    """Every figure the README states, measured on the whole held-out part."""
+    model, held_out = trainer.model, corpus.held_out
+    pairs = zip(corpus.held_out_documents, held_out, strict=True)
+    plain = [tokens for document, tokens in pairs if not document.name.startswith("encodings/")]
+    counts, plain_counts = tiny_text.baselines(corpus.train, held_out), tiny_text.baselines(corpus.train, plain)
+    predicted = sum(len(tokens) - 1 for tokens in held_out)
+    return tiny_card.Figures(
+        unigram=counts.unigram,
+        bigram=counts.bigram,
+        loss_512=tiny_text.held_out_loss(model, held_out, window=512),
+        loss_window=tiny_text.held_out_loss(model, held_out, window=tiny_card.WINDOW),
+        plain_unigram=plain_counts.unigram,
+        plain_bigram=plain_counts.bigram,
+        plain_loss=tiny_text.held_out_loss(model, plain, window=tiny_card.WINDOW),
+        tokens_per_byte=predicted / sum(len(document.text.encode()) for document in corpus.held_out_documents),
+        recall_512=recall_at(model, corpus, 512, rows=rows),
+        recall_window=recall_at(model, corpus, tiny_card.WINDOW, rows=rows),
+        needles=rows * NEEDLES,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seed=seed,
+        steps=trainer.step,
+        tokens=trainer.tokens,
+        minutes=trainer.minutes,
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write(out: Path, trainer: Trainer, corpus: Corpus, *, seed: int) -> None:
+    """Write the directory, whole each time. Tied embeddings are stored once, as the hub does."""
+    figures = measure(trainer, corpus, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    ids: dict[str, Any] = {
+        name: corpus.tokenizer.token_to_id(token)
+        for name, token in (("bos", tiny_text.BOS), ("eos", tiny_text.EOS), ("pad", tiny_text.PAD), ("eot", tiny_text.EOT))
+    }
+    tensors = {name: p.detach().clone().contiguous() for name, p in trainer.model.named_parameters()}
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    tiny_text.write_tokenizer(corpus.tokenizer, out, window=tiny_card.WINDOW)
+    tiny_card.write_config(out, **ids)
+    tiny_card.write_readme(out, figures)
+    say(f"wrote {out}: {figures}")
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def work(rank: int, rendezvous: str, out: Path, seed: int, scale: float) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+    corpus = Corpus.read()
+    stages = [replace(stage, steps=max(1, round(stage.steps * scale))) for stage in STAGES]
+    trainer = Trainer(corpus, seed=seed, steps=sum(stage.steps for stage in stages))
+    for stage in stages:
+        trainer.run(stage)
+        if rank == 0 and stage.share < 1:
+            write(out, trainer, corpus, seed=seed)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps, to try the script")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, args=(f"{folder}/rendezvous", args.out, args.seed, args.scale), nprocs=RANKS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""`zoo finetune`: train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from zoo.cli.job_options import job_options
+from zoo.core import api
+from zoo.core.plugins import Plugins
+
+
+@click.command()
+@job_options
+@click.pass_obj
+def finetune(plugins: Plugins, model: str | None, **flags: Any) -> None:
+    """Fine-tune MODEL (a family: `zoo models`). The same command resumes a run that was stopped."""
+    path = api.run(plugins, model, flags, say=lambda line: click.echo(line, err=True))
+    click.echo(path)

@@ -1,0 +1,164 @@
+"""The `zoo` command: finds the command meant, loads it only then, and turns every error into one line and a status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from zoo.cli.session import KEY, Session
+from zoo.core.errors import PluginError, SavedOnSignal, ZooError, one_line
+from zoo.core.version import __version__
+
+CORE_COMMANDS: dict[str, tuple[str, str]] = {
+    "models": ("zoo.cli.models:models", "List model families and their sizes."),
+    "plan": ("zoo.cli.plan:plan", "Say what a job would do and need, without running it."),
+    "finetune": ("zoo.cli.finetune:finetune", "Train a model on long sequences."),
+    "import": ("zoo.cli.import_:import_", "Check a Hugging Face checkpoint and copy it here."),
+    "export": ("zoo.cli.export:export", "Write a run as a Hugging Face checkpoint."),
+    "plugins": ("zoo.cli.plugins:plugins", "List plugins, their state and what they provide."),
+    "doctor": ("zoo.cli.doctor:doctor", "Say what this machine has and what would fail on it."),
+}
+"""Name to target and help, so that neither `zoo --help` nor another command imports it."""
+
+_INSPECTING = ("plugins", "doctor")
+_GLOBAL_OPTIONS = ("--plugin", "--no-plugin")
+
+
+class LazyGroup(click.Group):
+    """Core commands by name, then those of plugins; none is imported before it is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        front, rest = _global_options(args)
+        ctx.meta[KEY] = Session(
+            block=[value for option, value in front if option == "--no-plugin"],
+            files=[value for option, value in front if option == "--plugin"],
+            core_commands=CORE_COMMANDS,
+        )
+        return super().parse_args(ctx, [*(word for pair in front for word in pair), *(rest or ["--help"])])
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*CORE_COMMANDS, *_session(ctx).registry.commands.names()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in CORE_COMMANDS:
+            module, _, attribute = CORE_COMMANDS[cmd_name][0].partition(":")
+            return _command(getattr(importlib.import_module(module), attribute), cmd_name)
+        commands = _session(ctx).registry.commands
+        return _command(commands.load(cmd_name), commands.owner(cmd_name).label) if cmd_name in commands else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            _session(ctx).registry.commands.get(name)  # raises: unknown, or its plugin is not loaded
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        session = _session(ctx)
+        session.report()
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in CORE_COMMANDS.items()])
+        added = list(session.registry.commands)
+        if added:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(entry.name, entry.help) for entry in added])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--no-plugin", metavar="NAME", multiple=True, help="Do without a plugin or a distribution of plugins.")
+@click.option("--plugin", metavar="FILE.py", multiple=True, help="Load a plugin that is not installed.")
+@click.version_option(__version__, prog_name="zoo")
+@click.pass_context
+def cli(ctx: click.Context, no_plugin: tuple[str, ...], plugin: tuple[str, ...]) -> None:
+    """Fine-tune long-context language models; everything that can differ is a plugin."""
+    session = _session(ctx)
+    session.inspecting = ctx.invoked_subcommand in _INSPECTING
+    if not session.inspecting:
+        session.report()
+    ctx.obj = session.plugins
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status. No exception leaves it but SystemExit."""
+    try:
+        status = cli.main(args=args, prog_name="zoo", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        return _say(f"Error: {_usage(error)}", error.exit_code)
+    except SavedOnSignal as saved:
+        return _say(str(saved), saved.exit_code)
+    except ZooError as error:
+        return _say(f"Error: {error}", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _say("Interrupted", 130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 141  # as if SIGPIPE had ended it: what `zoo models | head -1` expects
+        return _say(f"Error: {one_line(error)}. This is a fault of zoo or of a plugin{_DEBUG_HINT}", 1)
+    return status if isinstance(status, int) else 0
+
+
+_DEBUG_HINT = "; ZOO_DEBUG=1 shows the traceback"
+
+
+def _say(line: str, status: int) -> int:
+    if os.environ.get("ZOO_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    click.echo(line, err=True)
+    return status
+
+
+def _usage(error: click.ClickException) -> str:
+    text = error.format_message().strip().replace("\n", " ")
+    text = text if text.endswith((".", "?", ")")) else f"{text}."
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{text} See {context.command_path} --help" if context else text
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out; give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _session(ctx: click.Context) -> Session:
+    session: Session = ctx.meta[KEY]
+    return session
+
+
+def _command(target: object, owner: str) -> click.Command:
+    if not isinstance(target, click.Command):
+        raise PluginError(f"{owner} offers a command that is no click.Command but {type(target).__name__}")
+    return target
+
+
+def _global_options(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Take `--plugin X` and `--no-plugin X` from anywhere before a `--`, so that they work after the command too."""
+    front: list[tuple[str, str]] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if word == "--":
+            rest += [word, *words]
+        elif option in _GLOBAL_OPTIONS:
+            front.append((option, value if equals else _value_of(option, next(words, None))))
+        else:
+            rest.append(word)
+    return front, rest
+
+
+def _value_of(option: str, value: str | None) -> str:
+    if value is None:
+        raise click.UsageError(f"Option '{option}' requires an argument")
+    return value

@@ -1,0 +1,107 @@
+"""What the commands and `import zoo` both call: load a model, plan a job, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zoo.core import weights
+from zoo.core.contracts import ModelSpec
+from zoo.core.device import accelerator_type, peak_tflops
+from zoo.core.errors import UsageError
+from zoo.core.flags import from_flags
+from zoo.core.job import Job
+from zoo.core.launch import inside_launcher, launch, quiet_launcher
+from zoo.core.plugins import Plugins
+from zoo.core.prepare import Prepared, prepare, with_recipe
+from zoo.core.registry import Registry
+from zoo.core.sources import open_checkpoint
+from zoo.core.train import train
+from zoo.core.units import format_count
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(path: str | Path, dtype: str | None = None, device: str | None = None) -> nn.Module:
+    """A module with `model(tokens [B, T]) -> logits [B, T, V]` from a run, an imported or a Hugging Face directory.
+
+    `dtype` is the stored one if not given. Raises DataError or UsageError.
+    """
+    registry = Registry(Plugins.load())
+    opened = open_checkpoint(str(path), registry)
+    family = registry.match_checkpoint(opened.config)
+    if family is None:
+        raise UsageError(
+            f"{path}: no family here knows model_type '{opened.config.get('model_type')}'; see `zoo models`"
+        )
+    spec: ModelSpec = registry.models.load(family)
+    config = spec.parse(opened.config)
+    stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
+    with torch.device("meta"):
+        model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
+    weights.allocate(model, torch.device(device or "cpu"))
+    spec.init_buffers(model, config)
+    weights.load_into(model, opened.tensors, spec.rules(config))
+    return model.eval()
+
+
+def plan(model: str | None = None, **flags: Any) -> Prepared:
+    """Everything that would be decided for a job, checked, before any process starts. Keywords are the command's flags.
+
+    Raises UsageError, PluginError or DataError.
+    """
+    return _prepared(Plugins.load(), model, flags)[0]
+
+
+def finetune(model: str | None = None, **flags: Any) -> Path:
+    """Run a job to its end and return the run directory. Keywords are the command's flags (`seq="64k", cp=8`).
+
+    Raises what `plan` raises, SavedOnSignal, NumericsError, and WorkerDied if a rank was lost.
+    """
+    return run(Plugins.load(), model, flags)
+
+
+def run(
+    plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] | None = None
+) -> Path:
+    """`finetune` with given plugins; `say` gets the lines that head the run."""
+    if inside_launcher():
+        job = with_recipe(Registry(plugins), *from_flags(model, flags))
+        return train(job, plugins)
+    prepared, job = _prepared(plugins, model, flags)
+    for line in head(prepared):
+        (say or _silent)(line)
+    ranks = prepared.degrees.world_size
+    if job.log.peak_tflops is None:
+        job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
+    if ranks == 1:
+        train(job, plugins)
+    else:
+        quiet_launcher()
+        launch({"job": job.settings(), "plugins": plugins.resolved()}, ranks)
+    return prepared.out
+
+
+def head(prepared: Prepared) -> list[str]:
+    """The lines that say what will run and why."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in prepared.spec.build(prepared.config).parameters())
+    notes = dict(prepared.notes) | {"model": f"{dict(prepared.notes)['model']}, {format_count(count)} parameters"}
+    if accelerator_type() is None:
+        what = f"{prepared.origin.entry.name} {prepared.origin.size} on {prepared.job.data.path}"
+        notes = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | notes
+    return [f"{topic:<10}{sentence}" for topic, sentence in notes.items()]
+
+
+def _prepared(plugins: Plugins, model: str | None, flags: Mapping[str, Any]) -> tuple[Prepared, Job]:
+    registry = Registry(plugins)
+    prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry)
+    return prepared, prepared.job
+
+
+def _silent(_line: str) -> None:
+    return None

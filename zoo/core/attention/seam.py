@@ -1,0 +1,111 @@
+"""The module that stands in every model's `attention` seam: one autograd function over any backend and scheme.
+
+Shape letters: B rows, T tokens of this rank, N query heads, G key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from zoo.core.attention.mask import Mask
+from zoo.core.attention.sharded import Exchange, ShardedMask
+from zoo.core.attention.slices import Slices, local_slices
+from zoo.core.contracts import AttentionBackend
+from zoo.core.errors import UsageError
+
+
+class AttentionSeam(nn.Module):
+    """Attention of a row, or, with an exchange, of this rank's part of a row. Holds no parameters."""
+
+    def __init__(self, backend: AttentionBackend, exchange: Exchange | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+        self.exchange = exchange
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | ShardedMask | None = None, *, scale: float | None = None
+    ) -> Tensor:
+        """q `[B, N, T, H]`, k and v `[B, G, T, H]` to out `[B, N, T, H]` in q's dtype.
+
+        `mask` holds for every row of the batch; None is one causal document. With an exchange it is the
+        `ShardedMask` that the context adapter made. `scale` defaults to `H ** -0.5`. Raises UsageError if mask and
+        tensors differ in length or the mask is of the other kind.
+        """
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out: Tensor = _Attention.apply(q, k, v, self._run(mask, q.shape[2]), scale)  # type: ignore[no-untyped-call]
+        return out
+
+    def extra_repr(self) -> str:
+        scheme = f", scheme={self.exchange.scheme.name}" if self.exchange else ""
+        return f"backend={self.backend.name}{scheme}"
+
+    def _run(self, mask: Mask | ShardedMask | None, length: int) -> _Local | _Exchanged:
+        if mask is not None and mask.length != length:
+            raise UsageError(f"attention got {length} tokens and a mask of {mask.length}: pass the batch's own mask")
+        if self.exchange is not None and isinstance(mask, ShardedMask):
+            return _Exchanged(self.backend, self.exchange, mask.plan(self.exchange.scheme))
+        if self.exchange is None and not isinstance(mask, ShardedMask):
+            return _Local(self.backend, _whole_row(mask or Mask.whole(length)))
+        raise UsageError(
+            f"attention {'under context parallelism' if self.exchange else 'over a whole row'} was given a mask of "
+            f"type {type(mask).__name__}: with --cp, and only then, pass batches through the adapter's shard_batch"
+        )
+
+
+@lru_cache(maxsize=8)
+def _whole_row(mask: Mask) -> Slices:
+    return local_slices(mask, ((0, mask.length),))
+
+
+class _Local:
+    """All keys are here."""
+
+    def __init__(self, backend: AttentionBackend, slices: Slices) -> None:
+        self.backend, self.slices = backend, slices
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self.backend.forward(q, k, v, self.slices, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.backend.backward(dout, q, k, v, out, lse, self.slices, scale)
+
+
+class _Exchanged:
+    """Some keys are on other ranks."""
+
+    def __init__(self, backend: AttentionBackend, exchange: Exchange, plan: Any) -> None:
+        self.backend, self.scheme, self.group, self.plan = backend, exchange.scheme, exchange.group, plan
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self.scheme.forward(self.backend, self.plan, self.group, q, k, v, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scheme.backward(self.backend, self.plan, self.group, dout, q, k, v, out, lse, scale)
+
+
+class _Attention(Function):
+    """Saves q, k, v, out and lse, as flash attention does: the scores are recomputed backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, run: _Local | _Exchanged, scale: float) -> Tensor:
+        out, lse = run.forward(q, k, v, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.run, ctx.scale = run, scale  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = ctx.run.backward(dout, q, k, v, out, lse, ctx.scale)
+        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None

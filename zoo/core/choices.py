@@ -1,0 +1,137 @@
+"""What a job leaves open: kernel, scheme, adapters, memory policy; each chosen with a reason, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from zoo.core.contracts import (
+    AttentionBackend,
+    AttentionProblem,
+    ContextScheme,
+    LayoutRequest,
+    MemoryPolicy,
+    ModelConfig,
+    ParallelAdapter,
+    Setup,
+)
+from zoo.core.device import accelerator_type, memory_bytes, num_cores
+from zoo.core.errors import UsageError
+from zoo.core.job import Job
+from zoo.core.mesh import AXES, Degrees
+from zoo.core.plugins import PluginStatus
+from zoo.core.registry import Registry
+
+Named = TypeVar("Named")
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+def choose_attention(job: Job, registry: Registry, problem: AttentionProblem) -> tuple[AttentionBackend, str]:
+    """The backend asked for, or the one plugins choose among those that can. Raises UsageError if none can."""
+    wanted = job.attention.backend
+    if wanted != "auto":
+        backend: AttentionBackend = registry.attention.load(wanted)()
+        reason = backend.supports(problem)
+        if reason is not None:
+            raise UsageError(f"--attn {wanted} cannot run this job: {reason}. --attn auto chooses one that can")
+        return backend, f"{wanted} (asked for)"
+    backends: dict[str, AttentionBackend] = {
+        name: registry.attention.load(name)() for name in registry.attention.names()
+    }
+    reasons = {name: backend.supports(problem) for name, backend in backends.items()}
+    able = _able(reasons)
+    if not able:
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UsageError(f"no attention backend can run this job ({said or 'no plugin provides any'})")
+    return _chosen(
+        backends, reasons, registry.select_attention(problem, able), registry.decider("zoo_select_attention")
+    )
+
+
+def choose_scheme(job: Job, registry: Registry, request: LayoutRequest) -> tuple[ContextScheme | None, str]:
+    """The context scheme asked for or chosen; None without context parallelism. Raises UsageError if none can."""
+    wanted, degree = job.layout.cp_scheme, request.degrees["cp"]
+    if wanted != "auto":
+        registry.context_schemes.get(wanted)
+    if degree == 1:
+        return None, ""
+    names = [wanted] if wanted != "auto" else registry.context_schemes.names()
+    schemes: dict[str, ContextScheme] = {name: registry.context_schemes.load(name)() for name in names}
+    reasons = {name: scheme.check(request.problem, request.seq, degree) for name, scheme in schemes.items()}
+    able = _able(reasons)
+    if not able:
+        first = next(iter(reasons.values()), None)
+        raise UsageError(first or f"--cp {degree} needs a context scheme and no plugin provides one; see `zoo plugins`")
+    if wanted != "auto":
+        return schemes[wanted], f"{wanted} (asked for)"
+    name = registry.select_context_scheme(request, able)
+    return _chosen(schemes, reasons, name, registry.decider("zoo_select_context_scheme"))
+
+
+def check_layout(registry: Registry, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:
+    """The adapters that apply, after each of them and every plugin agreed to the layout. Raises UsageError."""
+    served = {axis for entry in registry.parallel_adapters for axis in entry.axes}
+    for axis in (*AXES, "ep"):
+        if request.degrees[axis] > 1 and axis not in served:
+            raise UsageError(
+                f"--{axis.replace('_', '-')} {request.degrees[axis]}: no plugin here serves the axis '{axis}'; "
+                f"axes served: {', '.join(sorted(served)) or 'none'}"
+            )
+    every: list[ParallelAdapter] = [
+        registry.parallel_adapters.load(name)() for name in registry.parallel_adapters.names()
+    ]
+    adapters = [adapter for adapter in every if adapter.applies(request.degrees, setup)]
+    objections = [adapter.check(request) for adapter in adapters]
+    objections += [f"{sentence} (says plugin {plugin})" for plugin, sentence in registry.check_layout(request)]
+    first = next((objection for objection in objections if objection), None)
+    if first:
+        raise UsageError(first)
+    return adapters
+
+
+def choose_policy(
+    job: Job, registry: Registry, config: ModelConfig, degrees: Degrees, dtype: str
+) -> tuple[MemoryPolicy, str]:
+    """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
+    wanted = job.memory.policy
+    if wanted != "auto":
+        return registry.memory_policies.load(wanted)(), f"{wanted} (asked for)"
+    policies: dict[str, MemoryPolicy] = {
+        n: registry.memory_policies.load(n)() for n in registry.memory_policies.names()
+    }
+    if not policies:
+        raise UsageError("no plugin provides a memory policy; see `zoo plugins`")
+    tokens = job.data.seq * job.data.micro_batch // degrees.cp
+    saved = {name: policy.saved_bytes(config, tokens, _BYTES[dtype]) for name, policy in policies.items()}
+    budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
+    name = registry.select_memory_policy(saved, budget, list(policies)) or min(saved, key=lambda n: saved[n])
+    gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
+    return policies[name], f"{name}: {gib}"
+
+
+def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> str:
+    """As `cp 8 (context, fsdp; 8 ranks on 2 cores)`."""
+    names = ", ".join(adapter.name for adapter in adapters)
+    cores = "" if accelerator_type() else f"{degrees.world_size} ranks on {num_cores()} cores"
+    aside = "; ".join(part for part in (names, cores if degrees.world_size > 1 else "") if part)
+    return f"{degrees.describe()}{f' ({aside})' if aside else ''}"
+
+
+def _able(reasons: Mapping[str, str | None]) -> list[str]:
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def _chosen(
+    options: Mapping[str, Named], reasons: Mapping[str, str | None], decided: str | None, by: PluginStatus | None
+) -> tuple[Named, str]:
+    """The option decided for (the first able one if nobody decides), and a sentence on all."""
+    name = decided or _able(reasons)[0]
+    others = [
+        f"{other} {'could too' if reason is None else f'cannot: {reason}'}"
+        for other, reason in reasons.items()
+        if other != name
+    ]
+    chooser = [f"chosen by plugin {by.label}"] if decided and by else []
+    aside = "; ".join([*chooser, *others])
+    return options[name], f"{name}{f' ({aside})' if aside else ''}"

@@ -1,0 +1,286 @@
+"""A job: every setting of a run in sections, merged strictly from defaults, recipe, file, `--set` and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from zoo.core.errors import UsageError
+from zoo.core.suggest import did_you_mean
+from zoo.core.units import parse_tokens
+
+Settings = Mapping[str, tuple[Any, str]]
+"""Dotted key to value, and where it was said, for error messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """What is trained. Any other key in this section is a field of the model's own config.json."""
+
+    name: str = ""
+    size: str | None = None
+    source: str | None = field(default=None, metadata={"key": "from"})
+    """Hub id or directory; `scratch` for random weights."""
+    dtype: str = "auto"
+    """Type of the arithmetic: float32, bfloat16 or float64. Weights and optimizer state are never below float32."""
+    overrides: Mapping[str, Any] = field(default_factory=dict, metadata={"key": None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    """What it is trained on."""
+
+    path: str | None = None
+    seq: int = field(default=0, metadata={"tokens": True})
+    """Global length of a row, in tokens."""
+    global_batch: int | None = None
+    """Rows an optimizer step sees; the least the layout allows if unset."""
+    micro_batch: int = 1
+    """Rows a rank's forward sees at once."""
+    format: str | None = None
+    overlong: str | None = None
+    loss_on: str = "assistant"
+    chat_template: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimSection:
+    """AdamW and clipping."""
+
+    lr: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest gradient norm; 0 never clips."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSection:
+    """How long, and how the learning rate moves."""
+
+    steps: int = 1000
+    warmup: int | None = None
+    """Steps of linear warm-up; 3 % of the steps if unset."""
+    decay: str = "cosine"
+    """cosine, linear or constant."""
+    final: float = 0.1
+    """Share of the learning rate left at the last step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutSection:
+    """Degrees of the mesh axes. Unset data-parallel degrees fill the machine."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int | None = None
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    cp_scheme: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSection:
+    """Which kernel."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySection:
+    """What a block keeps for backward."""
+
+    policy: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSection:
+    """Where the run lives and how it survives."""
+
+    out: str | None = None
+    every: int = 100
+    """Steps between saves; the last step is always saved."""
+    keep: int = 2
+    resume: str = "auto"
+    """auto, never, or the path of a run or of one of its checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSection:
+    """What is said."""
+
+    every: int = 1
+    """Steps between reads of the device; metrics.jsonl has every step whatever this is."""
+    track: tuple[str, ...] = ()
+    peak_tflops: float | None = None
+    """Peak of one rank, for MFU; looked up or measured if unset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All settings of a run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    layout: LayoutSection = field(default_factory=LayoutSection)
+    attention: AttentionSection = field(default_factory=AttentionSection)
+    memory: MemorySection = field(default_factory=MemorySection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
+
+    @classmethod
+    def from_settings(cls, *layers: Settings) -> Job:
+        """Merge layers, later ones winning. Raises UsageError."""
+        merged: dict[str, tuple[Any, str]] = {}
+        for layer in layers:
+            merged.update(layer)
+        sections: dict[str, dict[str, Any]] = {}
+        overrides: dict[str, Any] = {}
+        for key, (value, where) in merged.items():
+            section, _, leaf = key.partition(".")
+            target = _field(key, where)
+            if target is None:
+                overrides[leaf] = value
+            else:
+                sections.setdefault(section, {})[target.name] = _coerce(value, target, f"{key} ({where})")
+        if overrides:
+            sections.setdefault("model", {})["overrides"] = overrides
+        return cls(**{f.name: _section_type(f.name)(**sections.get(f.name, {})) for f in fields(cls)})
+
+    @classmethod
+    def from_plain(cls, sections: Mapping[str, Mapping[str, Any]]) -> Job:
+        """The inverse of `settings`."""
+        return cls.from_settings({f"{s}.{k}": (v, "job") for s, part in sections.items() for k, v in part.items()})
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Sections of plain values, as written to config.yaml and read back by `-c`."""
+        result: dict[str, dict[str, Any]] = {}
+        for section in fields(self):
+            part = getattr(self, section.name)
+            values = {_key(f): _plain(getattr(part, f.name)) for f in fields(part) if _key(f) is not None}
+            result[section.name] = {k: v for k, v in values.items() if v is not None}  # type: ignore[misc]
+        result["model"].update(self.model.overrides)
+        return result
+
+    def replace(self, section: str, **values: Any) -> Job:
+        """A copy with some values of a section changed."""
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
+
+
+def read_file(path: Path) -> Settings:
+    """Settings of a YAML file, each with its place. Raises UsageError."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"-c {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"-c {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
+        raise UsageError(f"-c {path}: expected sections of keys, as in a run's config.yaml")
+    return {f"{section}.{key}": (value, str(path)) for section, part in loaded.items() for key, value in part.items()}
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> Settings:
+    """`--set a.b=v` to settings; the value is read as YAML. Raises UsageError."""
+    result = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or "." not in key:
+            raise UsageError(f"--set {text}: write --set section.key=value, for example --set optim.lr=1e-4")
+        try:
+            result[key.strip()] = (_number_or(yaml.safe_load(value)), f"--set {text}")
+        except yaml.YAMLError:
+            raise UsageError(f"--set {text}: '{value}' is not a YAML value") from None
+    return result
+
+
+def _number_or(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 (no point) as text; people mean the number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _section_type(name: str) -> Any:
+    return typing.get_type_hints(Job)[name]
+
+
+def _key(target: dataclasses.Field[Any]) -> str | None:
+    return target.metadata.get("key", target.name)
+
+
+def _keys(section: str) -> Iterator[str]:
+    return (key for f in fields(_section_type(section)) if (key := _key(f)) is not None)
+
+
+def _field(key: str, where: str) -> dataclasses.Field[Any] | None:
+    """The field a dotted key names; None for a field of the model's own config."""
+    section, _, leaf = key.partition(".")
+    known = [f.name for f in fields(Job)]
+    if section not in known:
+        raise UsageError(
+            _said(
+                f"unknown section '{section}' in {where}.",
+                did_you_mean(section, known),
+                f"Sections: {', '.join(known)}",
+            )
+        )
+    for candidate in fields(_section_type(section)):
+        if _key(candidate) == leaf:
+            return candidate
+    if section == "model":
+        return None
+    every = [f"{name}.{k}" for name in known for k in _keys(name)]
+    raise UsageError(
+        _said(
+            f"unknown key '{key}' in {where}.",
+            did_you_mean(key, every),
+            f"Keys of {section}: {', '.join(_keys(section))}",
+        )
+    )
+
+
+def _coerce(value: Any, target: dataclasses.Field[Any], where: str) -> Any:
+    """A value as the field's type, or UsageError naming where it was said."""
+    hints = typing.get_type_hints(_owner(target))
+    kind = hints[target.name]
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if target.metadata.get("tokens"):
+        return parse_tokens(value, name=where)
+    if typing.get_origin(kind) is tuple:
+        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    try:
+        if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{where}: '{value}' is not {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _owner(target: dataclasses.Field[Any]) -> Any:
+    return next(t for t in typing.get_type_hints(Job).values() if any(f is target for f in fields(t)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _said(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)

@@ -1,0 +1,154 @@
+"""Starting ranks: through torch's elastic launcher, or joining those an outer launcher started."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from zoo.core.device import accelerator_type, num_cores
+from zoo.core.errors import ZooError
+
+
+def inside_launcher() -> bool:
+    """Whether torchrun (or another launcher that sets RANK) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(payload: dict[str, Any], num_ranks: int) -> None:
+    """Run `python -m zoo.core.worker` on `num_ranks` ranks of this machine until they end.
+
+    SIGTERM and SIGINT are passed on once, as a wish to save and stop; a second one aborts. Raises what the ranks
+    raised: a ZooError as it is, anything else as WorkerDied.
+    """
+    with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
+        office = Office(Path(folder))
+        office.payload.write_text(json.dumps(payload))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(),
+            # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
+            signals_to_handle="SIGHUP",
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
+        restore = _forward_signals(office)
+        try:
+            elastic_launch(config, sys.executable)("-m", "zoo.core.worker", str(office.root))
+        except ChildFailedError as error:
+            raise office.verdict(error) from None
+        finally:
+            restore()
+
+
+def quiet_launcher() -> None:
+    """Keep the launcher's own reports of failed ranks off the terminal: `verdict` says it in one line."""
+    for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class WorkerDied(ZooError):
+    """A rank ended without saying why: killed, out of memory, or an unexpected exception."""
+
+
+@dataclass(frozen=True)
+class Office:
+    """The folder through which a launcher and its ranks talk: the job in, process ids and errors out."""
+
+    root: Path
+
+    @property
+    def payload(self) -> Path:
+        return self.root / "job.json"
+
+    def check_in(self, rank: int) -> None:
+        """Leave this rank's process id, so that signals reach it."""
+        (self.root / f"{rank}.pid").write_text(str(os.getpid()))
+
+    def pids(self) -> list[int]:
+        return [int(text) for path in self.root.glob("*.pid") if (text := path.read_text())]
+
+    def report(self, rank: int, error: BaseException) -> None:
+        """Leave an error for the launcher to raise."""
+        said = {
+            "rank": rank,
+            "time": time.time(),
+            "zoo": isinstance(error, ZooError),
+            "exit_code": getattr(error, "exit_code", 1),
+            "message": str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}",
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        fresh = self.root / f".{rank}.error"
+        fresh.write_text(json.dumps(said))
+        fresh.replace(self.root / f"{rank}.error")
+
+    def verdict(self, failure: ChildFailedError) -> ZooError:
+        """The error that started it: a rank's own word first, then a killed rank, then the earliest exception."""
+        said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
+        spoken = next((s for s in said if s["zoo"]), None)
+        if spoken:
+            error = ZooError(spoken["message"])
+            error.exit_code = spoken["exit_code"]
+            return error
+        killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
+        silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
+        again = "The same command resumes from the last finished checkpoint"
+        if silent:
+            rank, code = silent[0]
+            name = signal.Signals(-code).name
+            hint = " (often: out of memory)" if name == "SIGKILL" else ""
+            return WorkerDied(f"rank {rank} was killed by {name}{hint}. {again}")
+        if said:
+            if os.environ.get("ZOO_DEBUG"):
+                sys.stderr.write(said[0]["traceback"])
+            return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}. {again}; ZOO_DEBUG=1 shows where")
+        rank, first = next(iter(failure.failures.items()))
+        return WorkerDied(f"rank {rank} ended with status {first.exitcode} before it could say why. {again}")
+
+
+def _threads(num_ranks: int) -> int:
+    """Threads a rank may use. Next to an accelerator a few do; on a CPU the ranks share the cores."""
+    return 4 if accelerator_type() else max(1, num_cores() // num_ranks)
+
+
+def _forward_signals(office: Office) -> Callable[[], None]:
+    """Pass the first SIGTERM or SIGINT on to the ranks; the second raises KeyboardInterrupt here, which ends them."""
+    asked = False
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        sys.stderr.write(
+            f"{signal.Signals(number).name}: finishing the step, then saving. Again aborts without saving.\n"
+        )
+        for pid in office.pids():
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    return lambda: [signal.signal(number, old) for number, old in before.items()] and None

@@ -1,0 +1,89 @@
+"""The one mesh: named axes in a fixed order, checked as arithmetic before any process group exists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from zoo.core.errors import UsageError
+from zoo.core.job import LayoutSection
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first: tensor-parallel ranks are neighbours, then context-parallel ones."""
+PEER_AXES = ("pp", "cp", "tp")
+"""Ranks that differ only in these work on the same rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Degrees:
+    """How many ranks each axis has. `ep` folds over dp_shard x cp and adds no ranks."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def dp(self) -> int:
+        """How many different rows are worked on at once."""
+        return self.dp_replicate * self.dp_shard
+
+    def mapping(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in (*AXES, "ep")}
+
+    def describe(self) -> str:
+        """As `cp 8` or `dp_shard 2 x cp 4`; `single process` when nothing is parallel."""
+        parts = [f"{axis} {degree}" for axis, degree in self.mapping().items() if degree > 1]
+        return " x ".join(parts) or "single process"
+
+
+def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available: int | None) -> Degrees:
+    """Fill unset degrees. `world_size` is fixed by an outer launcher, `available` counts accelerators, if any.
+
+    Raises UsageError if the product cannot be the number of ranks.
+    """
+    for axis in (*AXES, "ep"):
+        degree = getattr(layout, axis)
+        if degree is not None and degree < 1:
+            raise UsageError(f"{_flag(axis)} {degree}: a degree is at least 1")
+    fixed = layout.pp * layout.dp_replicate * layout.cp * layout.tp
+    target = world_size or available or fixed * (layout.dp_shard or 1)
+    dp_shard = layout.dp_shard or max(1, target // fixed)
+    ranks = fixed * dp_shard
+    asked = " x ".join(
+        f"{_flag(axis)} {value}"
+        for axis in AXES
+        if (value := dp_shard if axis == "dp_shard" and layout.dp_shard else getattr(layout, axis)) and value > 1
+    )
+    if world_size is not None and ranks != world_size:
+        raise UsageError(
+            f"{asked or '--cp 1'} needs a multiple of {fixed} ranks and this launcher started {world_size}; "
+            f"start {fixed * max(1, world_size // fixed)}, or choose degrees whose product divides {world_size}"
+        )
+    if available is not None and ranks > available:
+        raise UsageError(
+            f"{asked} needs {ranks} ranks and this machine has {available} accelerators; "
+            f"lower a degree, or start more machines with torchrun"
+        )
+    return Degrees(
+        pp=layout.pp, dp_replicate=layout.dp_replicate, dp_shard=dp_shard, cp=layout.cp, tp=layout.tp, ep=layout.ep
+    )
+
+
+def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
+    """All axes, and `fsdp` = dp_shard x cp flattened. The only place that makes process groups."""
+    mesh = init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
+    mesh["dp_shard", "cp"]._flatten("fsdp")
+    return mesh
+
+
+def _flag(axis: str) -> str:
+    return "--" + axis.replace("_", "-")

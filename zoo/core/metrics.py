@@ -1,0 +1,123 @@
+"""What is known of each step: read from the device now and then, written to metrics.jsonl for every step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zoo.core.device import peak_memory_bytes
+from zoo.core.errors import NumericsError
+from zoo.core.step import StepResult
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step whose loss is still on the device."""
+
+    step: int
+    result: StepResult
+    trained_tokens: int
+    data_s: float
+
+
+@dataclass(slots=True)
+class Meter:
+    """Collects steps and turns them into metrics, all ranks together, every few steps."""
+
+    seq: int
+    global_batch: int
+    world_size: int
+    flops_per_token: float
+    peak_tflops: float | None
+    device: torch.device
+    tokens: int = 0
+    """Tokens seen since the run began, resumed ones included."""
+    trained: int = 0
+    pending: list[Pending] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, step: Pending) -> None:
+        self.pending.append(step)
+
+    def flush(self) -> list[dict[str, float]]:
+        """Metrics of the pending steps, the same on every rank. Raises NumericsError at the first that is no number."""
+        if not self.pending:
+            return []
+        losses = torch.stack([p.result.loss.double() for p in self.pending])
+        norms = torch.stack([p.result.grad_norm.double() for p in self.pending])
+        dist.all_reduce(losses)
+        memory = torch.tensor([peak_memory_bytes(self.device) / 2**30], dtype=torch.float64, device=self.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        values = zip(self.pending, losses.tolist(), norms.tolist(), strict=True)
+        # A device runs ahead of the host, so only the time of the whole window is known: it is shared evenly.
+        step_s = (time.perf_counter() - self.started) / len(self.pending)
+        result = [self._metrics(p, loss, norm, step_s, memory.item()) for p, loss, norm in values]
+        self.pending.clear()
+        self.started = time.perf_counter()
+        return result
+
+    def _metrics(self, pending: Pending, loss: float, norm: float, step_s: float, memory: float) -> dict[str, float]:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient norm"
+            raise NumericsError(f"step {pending.step}: the {what} is {loss if what == 'loss' else norm}")
+        step_tokens = self.seq * self.global_batch
+        self.tokens += step_tokens
+        self.trained += pending.trained_tokens
+        rate = step_tokens / step_s
+        flops = rate * self.flops_per_token
+        metrics = {
+            "step": pending.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": pending.result.lr,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained,
+            "tokens_per_s": rate,
+            "tokens_per_s_per_rank": rate / self.world_size,
+            "mem_peak_gib": memory,
+            "step_s": step_s,
+            "data_s": pending.data_s,
+        }
+        if self.peak_tflops:
+            metrics["mfu"] = flops / (self.peak_tflops * 1e12 * self.world_size)
+        return metrics
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a step, at full precision, each step once even over restarts."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Drop what an earlier try wrote from `first_step` on (and a half-written last line), then append."""
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
+        fresh = path.with_suffix(".jsonl.new")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(path)
+        self._file = path.open("a")
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, a half-written last line left out."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return path.read_text().rpartition("\n")[0].splitlines()

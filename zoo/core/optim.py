@@ -1,0 +1,59 @@
+"""AdamW, its learning-rate schedule and the gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from zoo.core.job import OptimSection, ScheduleSection
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        fused=True,
+    )
+
+
+def build_schedule(section: ScheduleSection) -> Callable[[int], float]:
+    """The share of the learning rate at a step, counted from 0: linear warm-up, then decay to `final` at the last."""
+    warmup = section.warmup if section.warmup is not None else max(1, round(0.03 * section.steps))
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, section.steps - 1 - warmup)
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))), "linear": 1 - min(done, 1.0), "constant": 1.0}
+        return section.final + (1 - section.final) * left[section.decay]
+
+    return share
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale gradients so that their global 2-norm is at most `limit` (0: never); returns the norm before, 0-dim.
+
+    The norm is global whatever the shards are: DTensor norms are reduced over their own meshes.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

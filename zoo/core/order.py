@@ -1,0 +1,49 @@
+"""From a model on meta to this rank's part of it: the one place and the one order of adapters and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from zoo.core import weights
+from zoo.core.attention.seam import AttentionSeam
+from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, Phase, Setup
+from zoo.core.seams import find, swap
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def build(
+    spec: ModelSpec,
+    config: Any,
+    *,
+    mesh: DeviceMesh,
+    setup: Setup,
+    backend: AttentionBackend,
+    adapters: Sequence[ParallelAdapter],
+    policy: MemoryPolicy,
+    device: torch.device,
+) -> nn.Module:
+    """This rank's model with storage but without values.
+
+    `adapters` are those that apply. Raises UsageError if a glob of the plan matches nothing.
+    """
+    with torch.device("meta"):
+        model = spec.build(config).to(getattr(torch, setup.master_dtype))
+    plan = spec.plan(config)
+    for glob in (plan.block, *plan.tensor, *plan.expert, *plan.seams.values(), *plan.first, *plan.last):
+        find(model, glob)
+    swap(model, plan.seams["attention"], lambda _old: AttentionSeam(backend), owner="core")
+    steps: list[tuple[Phase, str, Any]] = [
+        (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, setup)) for adapter in adapters
+    ]
+    steps.append((Phase.RECOMPUTE, policy.name, lambda m: policy.apply(m, plan)))
+    for _phase, _name, apply in sorted(steps, key=lambda step: step[:2]):
+        model = apply(model)
+    weights.allocate(model, device)
+    spec.init_buffers(model, config)
+    return model

@@ -1,0 +1,222 @@
+"""From a job to everything that must be known before a process starts: model, layout, choices, and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.core.choices import check_layout, choose_attention, choose_policy, choose_scheme, describe_layout
+from zoo.core.contracts import (
+    AttentionBackend,
+    AttentionProblem,
+    ContextScheme,
+    HubCheckpoint,
+    LayoutRequest,
+    MemoryPolicy,
+    ModelEntry,
+    ModelSpec,
+    ParallelAdapter,
+    Setup,
+)
+from zoo.core.device import accelerator_type, num_accelerators
+from zoo.core.errors import UsageError
+from zoo.core.job import Job, Settings
+from zoo.core.mesh import Degrees, resolve_degrees
+from zoo.core.registry import Registry
+from zoo.core.sources import Origin, open_origin
+from zoo.core.suggest import did_you_mean
+from zoo.core.tokenizer import Tokenizer
+from zoo.core.units import format_tokens
+
+_DTYPES = ("auto", "float32", "bfloat16", "float64")
+_CHOICES = {
+    "model.dtype": _DTYPES,
+    "schedule.decay": ("cosine", "linear", "constant"),
+    "data.overlong": (None, "error", "split", "truncate", "drop"),
+    "data.loss_on": ("assistant", "completion", "last", "all"),
+}
+_AT_LEAST_ONE = ("schedule.steps", "checkpoint.every", "checkpoint.keep", "log.every", "data.micro_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A job with nothing left open."""
+
+    job: Job
+    origin: Origin
+    config: Any
+    hub_config: Mapping[str, Any]
+    """config.json of the model as trained, for checkpoints and export."""
+    degrees: Degrees
+    global_batch: int
+    setup: Setup
+    backend: AttentionBackend
+    scheme: ContextScheme | None
+    adapters: Sequence[ParallelAdapter]
+    policy: MemoryPolicy
+    notes: Sequence[tuple[str, str]]
+    """What was chosen and why, as (topic, sentence)."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.origin.spec
+
+    @property
+    def source(self) -> HubCheckpoint | None:
+        """Where weights come from; None for random ones."""
+        return self.origin.checkpoint
+
+    @property
+    def out(self) -> Path:
+        assert self.job.checkpoint.out is not None, "prepare() names every run"
+        return Path(self.job.checkpoint.out)
+
+    def hub_files(self) -> dict[str, bytes]:
+        """config.json and the tokenizer's files, the latter byte for byte."""
+        path = self.origin.tokenizer_path
+        files = {name: (path / name).read_bytes() for name in Tokenizer.files(path)}
+        return files | {"config.json": json.dumps(dict(self.hub_config), indent=2).encode()}
+
+
+def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> Prepared:
+    """Decide everything that is open in a job and check the whole. Host only; the same answer on every rank.
+
+    `world_size` is given inside a launcher. Raises UsageError, PluginError or DataError.
+    """
+    _check_values(job)
+    origin = open_origin(job, registry)
+    job, hub_config, config, longer = _for_length(job, origin, registry)
+    degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
+    job, global_batch = _with_batch(job, degrees)
+    dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
+    problem = _problem(config, dtype)
+    backend, why_backend = choose_attention(job, registry, problem)
+    request = LayoutRequest(
+        degrees=degrees.mapping(), seq=job.data.seq, model=origin.entry.name, config=config, problem=problem
+    )
+    scheme, why_scheme = choose_scheme(job, registry, request)
+    # Weights and optimizer state are never held below fp32.
+    master = "float32" if dtype == "bfloat16" else dtype
+    setup = Setup(seq=job.data.seq, scheme=scheme, dtype=dtype, master_dtype=master)
+    adapters = check_layout(registry, request, setup)
+    policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
+    job = _settled(job, dtype, degrees, backend, scheme, policy)
+    job = job.replace("checkpoint", out=job.checkpoint.out or _default_out(job, origin))
+    notes = (
+        ("run", f"{job.checkpoint.out} (the same command resumes it)"),
+        ("model", f"{origin.entry.name} {origin.size}, {origin.sentence}{longer}"),
+        ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {global_batch} a step"),
+        ("layout", describe_layout(adapters, degrees)),
+        ("attention", why_backend),
+        *((("context", why_scheme),) if scheme else ()),
+        ("memory", why_policy),
+    )
+    return Prepared(
+        job=job,
+        origin=origin,
+        config=config,
+        hub_config=hub_config,
+        degrees=degrees,
+        global_batch=global_batch,
+        setup=setup,
+        backend=backend,
+        scheme=scheme,
+        adapters=adapters,
+        policy=policy,
+        notes=notes,
+    )
+
+
+def with_recipe(registry: Registry, *layers: Settings) -> Job:
+    """The job of layers (file, `--set`, flags) over what the family suggests for the size that is meant."""
+    job = Job.from_settings(*layers)
+    entry: ModelEntry = registry.models.get(job.model.name)
+    size = Origin.size_of(job, entry)
+    said = f"recipe of {entry.name} {size}"
+    recipe = {key: (value, said) for key, value in entry.recipes.get(size, {}).items()}
+    return Job.from_settings(recipe, *layers)
+
+
+def _check_values(job: Job) -> None:
+    values = {f"{section}.{key}": value for section, part in job.settings().items() for key, value in part.items()}
+    for key, allowed in _CHOICES.items():
+        value = values.get(key)
+        if value not in allowed and value is not None:
+            words = [word for word in allowed if word]
+            hint = did_you_mean(str(value), words)
+            raise UsageError(f"{key} is '{value}'; it is one of {', '.join(words)}{f' ({hint})' if hint else ''}")
+    for key in _AT_LEAST_ONE:
+        if values[key] < 1:
+            raise UsageError(f"{key} is {values[key]}; it is at least 1")
+    if not job.optim.lr >= 0:
+        raise UsageError(f"--lr {job.optim.lr}: a learning rate is not negative")
+    if not job.data.path:
+        raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
+
+
+def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict[str, Any], Any, str]:
+    """The job with its row length, the config for rows of that length, and what to say if it is more than native."""
+    spec, hub_config = origin.spec, dict(origin.hub_config)
+    config = spec.parse(hub_config)
+    seq, native = job.data.seq or config.max_position_embeddings, config.max_position_embeddings
+    job = job.replace("data", seq=seq)
+    if seq <= native:
+        return job, hub_config, config, ""
+    change = registry.rope_for_length(origin.entry.name, hub_config, seq)
+    said = f"; it knows {format_tokens(native)} tokens, now {format_tokens(seq)}"
+    if change is None:
+        return job, hub_config, config, said
+    longer = spec.override(hub_config, change)
+    by = registry.decider("zoo_rope_for_length")
+    changed = ", ".join(f"{key} {value}" for key, value in change.items())
+    return job, longer, spec.parse(longer), f"{said} ({changed}{f', by plugin {by.label}' if by else ''})"
+
+
+def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
+    unit = degrees.dp * job.data.micro_batch
+    wanted = job.data.global_batch or unit
+    if wanted % unit:
+        nearest = max(unit, round(wanted / unit) * unit)
+        raise UsageError(
+            f"--global-batch {wanted} must be a multiple of {degrees.dp} data-parallel ranks x "
+            f"{job.data.micro_batch} rows a microbatch = {unit}; nearest: --global-batch {nearest}"
+        )
+    return job.replace("data", global_batch=wanted), wanted
+
+
+def _problem(config: Any, dtype: str) -> AttentionProblem:
+    return AttentionProblem(
+        device=accelerator_type() or "cpu",
+        dtype=dtype,
+        head_dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+    )
+
+
+def _settled(
+    job: Job,
+    dtype: str,
+    degrees: Degrees,
+    backend: AttentionBackend,
+    scheme: ContextScheme | None,
+    policy: MemoryPolicy,
+) -> Job:
+    """The job with every choice written in, so that config.yaml runs the same again."""
+    job = job.replace("model", dtype=dtype).replace("attention", backend=backend.name)
+    job = job.replace("memory", policy=policy.name).replace("layout", dp_shard=degrees.dp_shard)
+    return job.replace("layout", cp_scheme=scheme.name) if scheme else job
+
+
+def _default_out(job: Job, origin: Origin) -> str:
+    """runs/<model>-<size>-<seq>-<hash>: the same command finds its run again, another command another."""
+    digest = hashlib.sha256(json.dumps(job.settings(), sort_keys=True, default=str).encode()).hexdigest()[:6]
+    base = Path("runs") / f"{origin.entry.name}-{origin.size}-{format_tokens(job.data.seq)}-{digest}"
+    if job.checkpoint.resume != "never":
+        return str(base)
+    others = (base.with_name(f"{base.name}-{number}") for number in range(2, 1_000_000))
+    return str(next(path for path in others if not path.exists())) if base.exists() else str(base)

@@ -1,0 +1,169 @@
+"""The stream of rows a run trains on: endless, shuffled, packed, and resumable at any row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.core.batch import Row
+from zoo.core.contracts import DataSource, Record
+from zoo.core.corpus import Place
+from zoo.core.errors import DataError
+from zoo.core.packing import Document, Piece, row_of
+from zoo.core.samples import Samples
+from zoo.core.windows import Cursor, Stats, Window, Windows
+
+if TYPE_CHECKING:
+    from zoo.core.registry import Registry
+    from zoo.core.tokenizer import Tokenizer
+
+VERSION = 1
+"""Of the state. Another version cannot be resumed from."""
+
+
+class RowStream:
+    """Rows of exactly `seq` tokens, a function of corpus, seed, `seq` and options alone; not of ranks or batches.
+
+    The next window is read and packed in a thread while the current one is trained on.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        to_document: Callable[[Record], Document],
+        *,
+        seq: int,
+        seed: int,
+        pad: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`options` is what else decides about tokens; a resumed run must have the same. JSON values."""
+        self.seq = seq
+        self._windows = Windows(source, to_document, seq=seq, seed=seed)
+        self._pad = pad
+        self._options = dict(options or {})
+        self._cursor = Cursor()
+        self._row = 0
+        self._before = Stats()
+        self._window: Window | None = None
+        self._ahead: Future[Window] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="zoo-rows")
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the corpus that the last row belongs to, from 0."""
+        return self._cursor.epoch
+
+    @property
+    def stats(self) -> Stats:
+        """Counts over all windows begun, so they are a little ahead of the last row."""
+        return self._before + (self._window.stats if self._window else Stats())
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows so far that is not padding."""
+        return self.stats.fill(self.seq)
+
+    def take(self, count: int) -> list[Row]:
+        """The next rows. Raises DataError for samples that cannot be used and for a corpus without any."""
+        return [row_of(self._next(), seq=self.seq, pad=self._pad) for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last row taken, as JSON: kilobytes, whatever the corpus."""
+        return {
+            "version": VERSION,
+            "options": self._identity,
+            "cursor": asdict(self._cursor),
+            "row": self._row,
+            "before": asdict(self._before),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the row another stream took last. Raises DataError naming what has changed since."""
+        if state.get("version") != VERSION:
+            raise DataError(
+                f"the saved data position has version {state.get('version')}, this zoo reads {VERSION}; "
+                "resume with the zoo that saved it, or start over with --resume never and another --out"
+            )
+        _check_same(state["options"], self._identity)
+        saved = state["cursor"]
+        self._cursor = Cursor(
+            epoch=saved["epoch"],
+            window=saved["window"],
+            place=Place(**saved["place"]),
+            carried=tuple((shard, offset, number) for shard, offset, number in saved["carried"]),
+        )
+        self._row = state["row"]
+        self._before = Stats(**state["before"])
+        self._window = self._ahead = None
+
+    def close(self) -> None:
+        """Stop reading ahead. The stream cannot be used any more."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._windows.close()
+
+    # Inside -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        corpus = self._windows.corpus
+        return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
+
+    def _next(self) -> tuple[Piece, ...]:
+        if self._window is not None and self._row == len(self._window.rows):
+            self._before += self._window.stats
+            self._cursor, self._row = self._window.next, 0
+            self._window = None
+        if self._window is None:
+            self._window = self._ahead.result() if self._ahead is not None else self._windows.filled(self._cursor, None)
+            self._ahead = self._reader.submit(self._windows.filled, self._window.next, self._window.carried)
+        self._row += 1
+        return self._window.rows[self._row - 1]
+
+
+def open_rows(
+    registry: Registry,
+    *,
+    data: str,
+    tokenizer: Tokenizer,
+    seq: int,
+    seed: int,
+    data_format: str | None = None,
+    overlong: str | None = None,
+    loss_on: str = "assistant",
+    chat_template: str | Path | None = None,
+) -> RowStream:
+    """The rows of `--data`. Raises DataError if it cannot be opened, UsageError for an option that does not exist."""
+    if chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(chat_template)
+    source = open_source(registry, data)
+    samples = Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on, overlong=overlong)
+    options = {
+        "tokenizer": tokenizer.fingerprint,
+        "data-format": data_format or "by columns",
+        "overlong": overlong or "by format",
+        "loss-on": loss_on,
+    }
+    return RowStream(source, samples, seq=seq, seed=seed, pad=tokenizer.pad_id, options=options)
+
+
+def open_source(registry: Registry, data: str) -> DataSource:
+    """The corpus behind `--data`. Raises DataError if no plugin opens it, or if the one that does cannot read it."""
+    found = registry.open_data(data)
+    if found is None:
+        raise DataError(f"--data {data}: no plugin opens it; zoo plugins lists those that are loaded")
+    return found
+
+
+def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    changed = "; ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
+    if changed:
+        raise DataError(
+            f"the saved data position does not hold any more: {changed}; "
+            "give it as it was, or start over with --resume never and another --out"
+        )

@@ -1,0 +1,102 @@
+"""From records to documents: the format of each record is found by its columns, and its samples are checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from zoo.core.contracts import DataFormat, Record
+from zoo.core.errors import DataError, UsageError, ZooError, one_line
+from zoo.core.packing import OVERLONG, Document, Overlong
+from zoo.core.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.core.registry import Registry
+    from zoo.core.tokenizer import Tokenizer
+
+LOSS_ON = ("assistant", "completion", "last", "all")
+"""What of a conversation is trained."""
+
+
+class Samples:
+    """Turns records into documents. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        tokenizer: Tokenizer,
+        *,
+        data_format: str | None = None,
+        loss_on: str = "assistant",
+        overlong: str | None = None,
+    ) -> None:
+        """`data_format` is looked for in each record's columns if None; `overlong` is then the format's own choice.
+
+        Raises UsageError for an unknown name.
+        """
+        check_choice("--loss-on", loss_on, LOSS_ON)
+        if overlong is not None:
+            check_choice("--overlong", overlong, OVERLONG)
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self._registry = registry
+        self._format = data_format
+        self._overlong = overlong
+        self._names: dict[frozenset[str], str] = {}
+        self._formats: dict[str, tuple[DataFormat, Overlong]] = {}
+        if data_format is not None:
+            self._load(data_format)
+
+    def __call__(self, record: Record) -> Document:
+        """The record's sample as arrays. Raises DataError that names the record."""
+        format, overlong = self._load(self.format_of(record))
+        try:
+            sample = format(record, self.tokenizer, loss_on=self.loss_on)
+        except ZooError:
+            raise
+        except Exception as error:  # a format may be anybody's
+            name = self.format_of(record)
+            raise DataError(f"{record.where}: data format {name} failed on it: {one_line(error)}") from error
+        tokens = np.asarray(sample.tokens, dtype=np.int32)
+        trained = np.asarray(sample.trained, dtype=np.bool_)
+        if tokens.shape != trained.shape or tokens.ndim != 1:
+            raise DataError(f"{record.where}: {tokens.size} tokens and {trained.size} marks of what is trained")
+        return Document(tokens=tokens, trained=trained, overlong=overlong, where=record.where)
+
+    def format_of(self, record: Record) -> str:
+        """Name of the record's format. Raises DataError if its columns fit none."""
+        if self._format is not None:
+            return self._format
+        columns = frozenset(record.fields)
+        if columns not in self._names:
+            self._names[columns] = self._detected(record)
+        return self._names[columns]
+
+    def _detected(self, record: Record) -> str:
+        try:
+            found = self._registry.detect_data_format(sorted(record.fields))
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from None
+        if found is not None:
+            return found
+        known = ", ".join(self._registry.data_formats.names()) or "none"
+        columns = ", ".join(sorted(record.fields)) or "none"
+        raise DataError(
+            f"{record.where}: its columns ({columns}) fit no data format; name them text, messages, or prompt and "
+            f"completion, or type --data-format NAME (there are: {known})"
+        )
+
+    def _load(self, name: str) -> tuple[DataFormat, Overlong]:
+        if name not in self._formats:
+            entry = self._registry.data_formats.get(name)
+            check_choice(f"'overlong' of data format {name}", entry.overlong, OVERLONG)
+            chosen = cast(Overlong, self._overlong or entry.overlong)
+            self._formats[name] = (self._registry.data_formats.load(name), chosen)
+        return self._formats[name]
+
+
+def check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UsageError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UsageError(f"{what} must be {'|'.join(allowed)}, not '{value}'. {did_you_mean(value, allowed)}".strip())

@@ -1,0 +1,116 @@
+"""Where a model comes from: its family, size, checkpoint, config and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.core.contracts import Converter, HubCheckpoint, ModelEntry, ModelSpec
+from zoo.core.device import accelerator_type
+from zoo.core.errors import DataError, UsageError
+from zoo.core.job import Job
+from zoo.core.registry import Registry
+from zoo.core.suggest import did_you_mean
+
+SCRATCH = "scratch"
+"""`--from scratch`: random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A model before training."""
+
+    entry: ModelEntry
+    spec: ModelSpec
+    size: str
+    checkpoint: HubCheckpoint | None
+    """None for random weights."""
+    hub_config: Mapping[str, Any]
+    """config.json's fields in the family's own form, `--set model.*` applied."""
+    tokenizer_path: Path
+
+    @staticmethod
+    def size_of(job: Job, entry: ModelEntry) -> str:
+        """What `--size` means when not said: the embedded one where nothing accelerates, else the family's default."""
+        if job.model.size or job.model.source not in (None, SCRATCH):
+            return job.model.size or Path(str(job.model.source)).name
+        return next(iter(entry.embedded), entry.default_size) if accelerator_type() is None else entry.default_size
+
+    @property
+    def sentence(self) -> str:
+        return f"weights from {self.checkpoint.path}" if self.checkpoint else "random weights"
+
+
+def open_origin(job: Job, registry: Registry) -> Origin:
+    """Find and open what a job starts from. Raises UsageError, PluginError or DataError."""
+    entry: ModelEntry = registry.models.get(job.model.name)
+    spec: ModelSpec = registry.models.load(job.model.name)
+    size = Origin.size_of(job, entry)
+    known = list(entry.sizes)
+    if size not in entry.sizes and job.model.source in (None, SCRATCH):
+        hint = did_you_mean(size, known)
+        raise UsageError(
+            f"{entry.name} has no size '{size}'{f' ({hint})' if hint else ''}. Sizes: {', '.join(known)}; "
+            f"--from DIR takes a checkpoint of any other"
+        )
+    source = job.model.source or entry.embedded.get(size) or entry.hub_ids.get(size)
+    if source is None:
+        raise UsageError(f"{entry.name} {size} has no published checkpoint; give --from DIR, or --from {SCRATCH}")
+    checkpoint = None if source == SCRATCH else _opened(source, entry, registry)
+    hub_config = checkpoint.config if checkpoint else entry.sizes[size]
+    return Origin(
+        entry=entry,
+        spec=spec,
+        size=size,
+        checkpoint=checkpoint,
+        hub_config=_overridden(hub_config, job, spec),
+        tokenizer_path=_tokenizer_path(entry, checkpoint),
+    )
+
+
+def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
+    """A checkpoint by hub id or directory, in any form a plugin reads. Raises UsageError or DataError."""
+    for name in registry.converters.names():
+        converter: Converter = registry.converters.load(name)
+        path = converter.locate(source)
+        if path is not None:
+            return converter.open(path)
+    forms = ", ".join(registry.converters.names()) or "none"
+    raise UsageError(f"{source}: no checkpoint in a form known here (forms: {forms}); see `zoo plugins`")
+
+
+def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint:
+    """The checkpoint, if it belongs to the family."""
+    checkpoint = open_checkpoint(source, registry)
+    family = registry.match_checkpoint(checkpoint.config)
+    if family != entry.name:
+        kind = checkpoint.config.get("model_type")
+        other = f"zoo finetune {family} --from {source}" if family else "no family here knows it: zoo models"
+        raise UsageError(f"{source} is not a {entry.name} checkpoint, its model_type is '{kind}'; {other}")
+    return checkpoint
+
+
+def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dict[str, Any]:
+    """The fields with the job's `model.*` keys over them. An unknown key is a UsageError."""
+    known = spec.hub_config(spec.parse(hub_config))
+    for key in job.model.overrides:
+        if key not in known:
+            hint = did_you_mean(key, [*known, "size", "from", "dtype"])
+            said = f"unknown key 'model.{key}'{f' ({hint})' if hint else ''}"
+            raise UsageError(f"{said}. Fields of {spec.name}: {', '.join(sorted(known))}")
+    return spec.override(known, job.model.overrides)
+
+
+def _tokenizer_path(entry: ModelEntry, checkpoint: HubCheckpoint | None) -> Path:
+    """The checkpoint's own directory, or the embedded one's for random weights."""
+    if checkpoint is None and not entry.embedded:
+        raise UsageError(f"--from {SCRATCH}: {entry.name} ships no tokenizer; give --from a directory that has one")
+    path = checkpoint.path if checkpoint else Path(next(iter(entry.embedded.values())))
+    if not (path / "tokenizer.json").is_file():
+        raise DataError(
+            f"{path} has no tokenizer.json, so text cannot become tokens; copy the tokenizer files of the checkpoint "
+            f"there, or give --from a directory that has them"
+        )
+    return path

@@ -1,0 +1,31 @@
+"""One rank of a run: `python -m zoo.core.worker FOLDER`, started by the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from zoo.core.job import Job
+from zoo.core.launch import Office
+from zoo.core.plugins import Plugins
+from zoo.core.train import train
+
+
+def main(folder: str) -> int:
+    """Train, and leave any error where the launcher finds it."""
+    office, rank = Office(Path(folder)), int(os.environ["RANK"])
+    office.check_in(rank)
+    try:
+        payload = json.loads(office.payload.read_text())
+        train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]))
+    except BaseException as error:
+        office.report(rank, error)
+        # The interpreter's own way out waits for process groups whose peers are gone.
+        os._exit(1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""Grouped-query attention with the hub's projections around a replaceable core.
+
+B rows, T tokens, D model width, N query heads, G key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoo.core.errors import UsageError
+from zoo.models.common.rope import rotate
+
+
+class AttentionCore(nn.Module):
+    """The attention seam, as a single device without packing runs it: causal over the whole row.
+
+    Documents, windows and remote keys belong to whoever replaces it, together with the meaning of `mask`.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        """q `[B, N, T, H]`, k and v `[B, G, T, H]` to `[B, N, T, H]`. Raises UsageError if there is a mask."""
+        if mask is not None:
+            raise UsageError(
+                "this model's attention is plain causal and cannot read a packed mask: call it with mask=None, "
+                "or replace the plan's attention seam first, as `zoo finetune` does"
+            )
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """q, k, v and o projections, RoPE, and the core. Heads are counted from what the projections return."""
+
+    def __init__(self, *, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.core = AttentionCore()
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
+        """h `[B, T, D]`, cos and sin `[B, T, H/2]` to `[B, T, D]`."""
+        q = rotate(self._heads(self.q_proj(h)), cos, sin)
+        k = rotate(self._heads(self.k_proj(h)), cos, sin)
+        out = self.core(q, k, self._heads(self.v_proj(h)), mask)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -1,0 +1,224 @@
+"""The Llama family's config: the hub's config.json fields, checked, and the published sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.core.errors import DataError
+from zoo.models.common.fields import Fields
+from zoo.models.common.rope_parameters import RopeParameters, hub_rope, override_rope, parse_rope
+
+MODEL_TYPE = "llama"
+TINY = Path(__file__).parent / "tiny"
+"""A small trained checkpoint in the hub's form that ships with the package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig:
+    """Hyper-parameters under the hub's names; `rope_parameters` holds theta too, as in transformers 5."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
+    pad_token_id: int | None
+    rope_parameters: RopeParameters = field(default_factory=RopeParameters)
+
+
+def parse(config: Mapping[str, Any]) -> LlamaConfig:
+    """From any Hugging Face Llama config.json, of transformers 4 or 5. Raises DataError.
+
+    Absent fields take transformers' defaults. Sizes are capped far above any published model, so that a
+    hostile file cannot ask for memory. Fields that would change the function and are not implemented
+    (quantisation, dropout, other activations) are refused, unknown ones are ignored.
+    """
+    fields = Fields(config)
+    _refuse(fields)
+    heads = fields.integer("num_attention_heads", 32, high=1 << 12)
+    hidden = fields.integer("hidden_size", 4096, high=1 << 17)
+    vocab = fields.integer("vocab_size", 32000, high=1 << 22)
+    length = fields.integer("max_position_embeddings", 2048, high=1 << 32)
+    parsed = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size", 11008, high=1 << 20),
+        num_hidden_layers=fields.integer("num_hidden_layers", 32, high=1 << 10),
+        num_attention_heads=heads,
+        num_key_value_heads=fields.integer("num_key_value_heads", heads, high=heads),
+        head_dim=fields.integer("head_dim", max(hidden // heads, 1), low=2, high=1 << 12),
+        max_position_embeddings=length,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
+        initializer_range=fields.number("initializer_range", 0.02, high=1.0),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        bos_token_id=fields.token("bos_token_id", 1, vocab_size=vocab),
+        eos_token_id=fields.tokens("eos_token_id", 2, vocab_size=vocab),
+        pad_token_id=fields.token("pad_token_id", None, vocab_size=vocab),
+        rope_parameters=parse_rope(config, default_theta=10_000.0, max_position_embeddings=length),
+    )
+    _check(parsed)
+    return parsed
+
+
+def _refuse(fields: Fields) -> None:
+    fields.fixed("model_type", MODEL_TYPE)
+    fields.fixed("hidden_act", "silu")
+    fields.fixed("attention_dropout", 0, 0.0)
+    if fields.has("quantization_config"):
+        raise DataError(
+            "config.json: quantization_config is set: quantised weights cannot be trained; "
+            "point --from at the original bfloat16 checkpoint"
+        )
+
+
+def _check(config: LlamaConfig) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.hidden_size % heads:
+        raise DataError(
+            f"config.json: hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads ({heads})"
+        )
+    if heads % kv_heads:
+        raise DataError(
+            f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
+        )
+    least = 4 if config.rope_parameters.rope_type == "dynamic" else 2
+    if config.head_dim % 2 or config.head_dim < least:
+        raise DataError(f"config.json: head_dim ({config.head_dim}) must be even and at least {least} for RoPE")
+
+
+def hub_config(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of a config.json from which transformers 4 and 5 build the same model."""
+    eos = config.eos_token_id
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": config.mlp_bias,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+        "pretraining_tp": 1,
+        "use_cache": True,
+        **hub_rope(config.rope_parameters, max_position_embeddings=config.max_position_embeddings),
+    }
+
+
+def override(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`hub_config`'s fields with some set anew and the rest made to agree. Raises DataError.
+
+    Heads follow the width unless they were set apart from it: a derived `head_dim` is derived again, a model
+    without grouped heads stays one.
+    """
+    changed = override_rope(fields, over) | over
+    derived = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
+    if derived and "head_dim" not in over:
+        del changed["head_dim"]
+    if fields["num_key_value_heads"] == fields["num_attention_heads"] and "num_key_value_heads" not in over:
+        del changed["num_key_value_heads"]
+    return hub_config(parse(changed))
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+def _size(layers: int, hidden: int, intermediate: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": MODEL_TYPE,
+        "vocab_size": 128_256,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+        **more,
+    }
+
+
+def _long(factor: float) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": 131_072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+
+
+def _tiny() -> dict[str, Any]:
+    """The embedded checkpoint's own config, so that there is one truth; its shape alone where it is not built yet."""
+    try:
+        found = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    return _size(2, 128, 384, 8, vocab_size=2048, num_key_value_heads=4, max_position_embeddings=1024) | {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+    }
+
+
+_INSTRUCT_EOS = [128_001, 128_008, 128_009]
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": _tiny(),
+    "3.2-1b": _size(16, 2048, 8192, 32, head_dim=64, tie_word_embeddings=True, **_long(32.0)),
+    "3.2-3b": _size(28, 3072, 8192, 24, head_dim=128, tie_word_embeddings=True, **_long(32.0)),
+    "8b": _size(32, 4096, 14_336, 32),
+    "70b": _size(80, 8192, 28_672, 64),
+    "3.1-8b": _size(32, 4096, 14_336, 32, **_long(8.0)),
+    "3.1-70b": _size(80, 8192, 28_672, 64, **_long(8.0)),
+    "3.1-405b": _size(126, 16_384, 53_248, 128, **_long(8.0)),
+    "3.3-70b": _size(80, 8192, 28_672, 64, eos_token_id=_INSTRUCT_EOS, **_long(8.0)),
+}
+"""config.json's fields of the published sizes."""
+
+HUB_IDS: Mapping[str, str] = {
+    "3.2-1b": "meta-llama/Llama-3.2-1B",
+    "3.2-3b": "meta-llama/Llama-3.2-3B",
+    "8b": "meta-llama/Meta-Llama-3-8B",
+    "70b": "meta-llama/Meta-Llama-3-70B",
+    "3.1-8b": "meta-llama/Llama-3.1-8B",
+    "3.1-70b": "meta-llama/Llama-3.1-70B",
+    "3.1-405b": "meta-llama/Llama-3.1-405B",
+    "3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+}

@@ -1,0 +1,69 @@
+"""Llama 3 (2407.21783): the shared decoder with RMSNorm, grouped-query attention and SwiGLU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from zoo.core.contracts import ModelSpec
+from zoo.models.common.attention import Attention
+from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_weights
+from zoo.models.common.mlp import SwiGLU
+from zoo.models.common.norms import RMSNorm
+from zoo.models.common.rope import RotaryEmbedding
+from zoo.models.llama3.config import MODEL_TYPE, LlamaConfig, hub_config, override, parse
+from zoo.models.llama3.plan import flops_per_token, plan
+
+
+def build(config: LlamaConfig) -> CausalLM:
+    """The model on the current default device and dtype, weights normal(0, initializer_range)."""
+    decoder = Decoder(
+        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+        num_layers=config.num_hidden_layers,
+        layer=partial(_layer, config),
+        norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        rotary_emb=RotaryEmbedding(
+            config.rope_parameters,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+        ),
+    )
+    model = CausalLM(decoder, tie_word_embeddings=config.tie_word_embeddings)
+    init_weights(model, std=config.initializer_range)
+    return model
+
+
+def _layer(config: LlamaConfig) -> DecoderLayer:
+    return DecoderLayer(
+        self_attn=Attention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+        ),
+        mlp=SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias),
+        input_layernorm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        post_attention_layernorm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+    )
+
+
+def init_buffers(model: nn.Module, _config: LlamaConfig) -> None:
+    """Fill the RoPE frequencies of a model that was built on meta and moved by `to_empty`."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.reset_buffers()
+
+
+SPEC = ModelSpec(
+    name="llama3",
+    model_type=MODEL_TYPE,
+    parse=parse,
+    hub_config=hub_config,
+    build=build,
+    plan=plan,
+    flops_per_token=flops_per_token,
+    override=override,
+    init_buffers=init_buffers,
+)

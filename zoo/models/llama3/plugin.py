@@ -1,0 +1,58 @@
+"""The Llama-3 family as a plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoo.core.contracts import LayoutRequest, ModelEntry
+from zoo.core.hookspecs import hookimpl
+from zoo.models.common.rope_parameters import rope_for_length
+from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, SIZES, TINY, LlamaConfig, parse
+
+ZOO_PLUGIN_API = 1
+NAME = "llama3"
+
+
+@hookimpl
+def zoo_register_models() -> Sequence[ModelEntry]:
+    return [
+        ModelEntry(
+            name=NAME,
+            target="zoo.models.llama3.model:SPEC",
+            help="Llama 3, 3.1, 3.2 and 3.3, and anything else of the hub's model type 'llama'",
+            model_type=MODEL_TYPE,
+            sizes=SIZES,
+            default_size="8b",
+            hub_ids=HUB_IDS,
+            embedded={"tiny": str(TINY)},
+        )
+    ]
+
+
+@hookimpl(trylast=True)
+def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
+    return NAME if config.get("model_type") == MODEL_TYPE else None
+
+
+@hookimpl(trylast=True)
+def zoo_rope_for_length(model: str, config: Mapping[str, Any], seq: int) -> Mapping[str, Any] | None:
+    if model != NAME:
+        return None
+    native = parse(config)
+    return rope_for_length(native.rope_parameters, native=native.max_position_embeddings, length=seq)
+
+
+@hookimpl
+def zoo_check_layout(request: LayoutRequest) -> str | None:
+    """Dynamic RoPE depends on the longest document a rank sees, so ranks would rotate by different angles."""
+    config = request.config
+    if not isinstance(config, LlamaConfig) or config.rope_parameters.rope_type != "dynamic":
+        return None
+    if request.seq <= config.max_position_embeddings or max(request.degrees.values(), default=1) == 1:
+        return None
+    return (
+        f"RoPE type 'dynamic' changes with the longest document a rank sees, so ranks disagree above "
+        f"max_position_embeddings ({config.max_position_embeddings}) and --seq is {request.seq}: run on one rank, "
+        f"stay within it, or set model.rope_scaling to yarn or linear"
+    )

@@ -1,0 +1,17 @@
+"""Offers the `allgather` context scheme."""
+
+from __future__ import annotations
+
+from zoo.core.contracts import ContextSchemeEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_context_schemes() -> tuple[ContextSchemeEntry, ...]:
+    return (
+        ContextSchemeEntry(
+            name="allgather",
+            target="zoo.plugins.context.allgather:Allgather",
+            help="each rank fetches the K/V rows its queries see at once; fewest messages, memory for all of them",
+        ),
+    )

@@ -1,0 +1,24 @@
+"""Offers the `ring` context scheme, and chooses it for `--cp-scheme auto` when no other plugin chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zoo.core.contracts import ContextSchemeEntry, LayoutRequest
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_context_schemes() -> tuple[ContextSchemeEntry, ...]:
+    return (
+        ContextSchemeEntry(
+            name="ring",
+            target="zoo.plugins.context.ring:Ring",
+            help="K/V travel from neighbour to neighbour while the last ones are used; two buffers at any degree",
+        ),
+    )
+
+
+@hookimpl(trylast=True)
+def zoo_select_context_scheme(request: LayoutRequest, candidates: Sequence[str]) -> str | None:
+    return "ring" if "ring" in candidates else None

@@ -1,0 +1,50 @@
+"""A prompt and its completion as a training sample."""
+
+from __future__ import annotations
+
+from zoo.core.contracts import Record, Sample
+from zoo.core.errors import DataError
+from zoo.core.tokenizer import Tokenizer
+from zoo.plugins.data.conversation import Conversation, checked_messages, template_variables
+
+
+def completion_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
+    """Columns `prompt` and `completion`, both strings or both lists of messages; the completion is trained.
+
+    `loss_on` `all` trains the prompt too; the other values mean the completion. Raises DataError naming the record.
+    """
+    prompt, completion = record.fields.get("prompt"), record.fields.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _of_texts(record, prompt, completion, tokenizer, everything=loss_on == "all")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise DataError(
+            f"{record.where}: columns prompt and completion must be two strings or two lists of messages, "
+            f"not {type(prompt).__name__} and {type(completion).__name__}"
+        )
+    return _of_messages(record, tokenizer, everything=loss_on == "all")
+
+
+def _of_texts(record: Record, prompt: str, completion: str, tokenizer: Tokenizer, *, everything: bool) -> Sample:
+    try:
+        # A prompt is tokens of its own when the model is asked, so no token may cross into the completion here.
+        first, second = tokenizer.encode_pair(prompt, completion)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        first.insert(0, tokenizer.bos_id)
+    if tokenizer.eos_id is not None:
+        second.append(tokenizer.eos_id)
+    return Sample(first + second, [everything] * len(first) + [True] * len(second))
+
+
+def _of_messages(record: Record, tokenizer: Tokenizer, *, everything: bool) -> Sample:
+    prompt = checked_messages(record.fields["prompt"], column="prompt", where=record.where)
+    completion = checked_messages(record.fields["completion"], column="completion", where=record.where)
+    conversation = Conversation(
+        messages=[*prompt, *completion],
+        variables=template_variables(record.fields, "prompt", "completion"),
+        tokenizer=tokenizer,
+        where=record.where,
+    )
+    turns = [len(prompt) + i for i, message in enumerate(completion) if message["role"] == "assistant"]
+    return conversation.sample(None if everything else turns)

@@ -1,0 +1,85 @@
+"""Records of a file with one JSON object a line, read from any byte on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from zoo.core.contracts import Record
+from zoo.core.errors import DataError
+
+MAX_LINE_BYTES = 1 << 28
+"""A longer line is taken for a mistake, and is not read into memory."""
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a file, by where it begins. Its number is counted when it is asked for."""
+
+    path: Path
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}"
+
+    @property
+    def number(self) -> int:
+        """From 1."""
+        count, left = 1, self.start
+        with self.path.open("rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                count += block.count(b"\n")
+                left -= len(block)
+        return count
+
+
+def read_lines(path: Path, start: int, stop: int, offset: int) -> Iterator[tuple[Record, int]]:
+    """Records of the lines that begin in bytes `[start, stop)`, from byte `offset` on (0: from the first of them).
+
+    Each comes with the byte after its line. Blank lines are passed over. Raises DataError as `path:line: reason`.
+    """
+    with path.open("rb") as file:
+        at = offset or _first_line(file, start, stop)
+        file.seek(at)
+        while at < stop:
+            line = file.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            where = Line(path, at)
+            if len(line) == MAX_LINE_BYTES:
+                raise DataError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; break it into samples")
+            at += len(line)
+            if not line.isspace():
+                yield Record(_fields(line, where), where), at
+
+
+def _first_line(file: BinaryIO, start: int, stop: int) -> int:
+    """Where the first line begins that begins in `[start, stop)`; `stop` if none does."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    newline = file.read(stop - start).find(b"\n")
+    return stop if newline < 0 else start + newline
+
+
+def _fields(line: bytes, where: Line) -> dict[str, Any]:
+    try:
+        value = json.loads(line.removeprefix(_BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        at = where.start + error.start
+        raise DataError(f"{where}: byte {at} of the file is not UTF-8; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        reason = f"not JSON at column {error.colno}: {error.msg}"
+        raise DataError(f"{where}: {reason}; write one JSON object a line") from None
+    except RecursionError:
+        raise DataError(f"{where}: brackets are nested too deep; write one flat JSON object a line") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not read: {error}; write one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: a {type(value).__name__}, not an object; write it as {{"text": ...}}')
+    return value

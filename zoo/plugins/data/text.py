@@ -1,0 +1,28 @@
+"""Plain text as a training sample."""
+
+from __future__ import annotations
+
+from zoo.core.contracts import Record, Sample
+from zoo.core.errors import DataError
+from zoo.core.tokenizer import Tokenizer
+
+
+def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
+    """bos (where the tokenizer begins texts with it), the text, eos; all trained, whatever `loss_on` says.
+
+    A text of white space gives an empty sample. Raises DataError if the column is not a string.
+    """
+    text = record.fields.get("text")
+    if not isinstance(text, str):
+        raise DataError(f"{record.where}: column text must be a string, not {type(text).__name__}")
+    if not text.strip():
+        return Sample([], [])
+    try:
+        tokens = tokenizer.encode(text)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        tokens.insert(0, tokenizer.bos_id)
+    if tokenizer.eos_id is not None:
+        tokens.append(tokenizer.eos_id)
+    return Sample(tokens, [True] * len(tokens))

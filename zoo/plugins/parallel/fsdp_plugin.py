@@ -1,0 +1,17 @@
+"""Fully sharded data parallelism over dp_shard x cp."""
+
+from zoo.core.contracts import ParallelAdapterEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_parallel_adapters() -> list[ParallelAdapterEntry]:
+    """Offer `fsdp`."""
+    return [
+        ParallelAdapterEntry(
+            name="fsdp",
+            target="zoo.plugins.parallel.fsdp:FullyShardedData",
+            axes=("dp_shard", "cp"),
+            help="weights, gradients and optimizer state sharded over dp_shard x cp (FSDP2)",
+        )
+    ]
