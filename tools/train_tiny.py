@@ -32,11 +32,12 @@ from torch.nn import functional as F
 from tools import tiny_card, tiny_text
 from tools.tiny_rows import Kind, RowMaker, TrainRow
 from zoo.core.contracts import IGNORE
-from zoo.models.llama3 import plugin
+from zoo.models.llama3.model import SPEC
 from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
 
 RANKS = 2
-PEAK_LR, FINAL_LR, WARM_UP_STEPS = 4e-3, 0.05, 50
+PEAK_LR, FINAL_LR, WARM_UP_STEPS = 6e-3, 0.05, 50
+EMBEDDING_STD, PROJECTION_STD = 0.02, 0.05
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 NEEDLES = 33
 
@@ -54,19 +55,24 @@ class Stage:
     steps: int
     rows: int
     share: float = 1.0
+    pool: int = 1000
+    """How many of the 1,000 numbers strings are made of."""
     answers: float = 1.0
     text: float = 0.1
 
 
-# Without the strings first, needles are not learned at all in this many steps.
+# Without the strings first, needles are not learned at all in this many steps; and few numbers first, for the same
+# reason: to copy one of 64 is soon learned, to find *which* follows from it.
 STAGES = (
-    Stage(kind="string", length=64, rows=64, steps=200),
-    Stage(kind="string", length=128, rows=32, steps=200),
-    Stage(kind="string", length=256, rows=16, steps=150),
+    Stage(kind="string", length=32, rows=64, steps=200, pool=64),
+    Stage(kind="string", length=64, rows=32, steps=150, pool=128),
+    Stage(kind="string", length=64, rows=64, steps=150),
+    Stage(kind="string", length=128, rows=32, steps=150),
+    Stage(kind="string", length=256, rows=16, steps=100),
     Stage(kind="needles", length=128, rows=32, steps=100),
     Stage(kind="needles", length=256, rows=16, steps=100),
-    Stage(kind="needles", length=512, rows=12, steps=450, share=1 / 3, answers=0.5, text=1.0),
-    Stage(kind="needles", length=1024, rows=8, steps=450, share=1 / 4, answers=0.5, text=1.0),
+    Stage(kind="needles", length=512, rows=12, steps=500, share=1 / 3, answers=0.5, text=1.0),
+    Stage(kind="needles", length=1024, rows=8, steps=300, share=1 / 4, answers=0.5, text=1.0),
 )
 
 
@@ -103,12 +109,12 @@ class Corpus:
 
 def build_model(seed: int) -> nn.Module:
     """The zoo's own Llama. Every matrix is drawn here, by sorted name, so that the seed alone fixes the start."""
-    spec = plugin.zoo_register_models()[0].load()
-    model: nn.Module = spec.build(spec.parse(tiny_card.CONFIG))
+    model: nn.Module = SPEC.build(SPEC.parse(tiny_card.CONFIG))
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 2:
-            nn.init.normal_(parameter, 0.0, tiny_card.CONFIG["initializer_range"], generator=generator)
+            std = EMBEDDING_STD if "embed_tokens" in name else PROJECTION_STD
+            nn.init.normal_(parameter, 0.0, std, generator=generator)
     return model
 
 
@@ -166,7 +172,7 @@ class Trainer:
         """All steps of a stage. Both ranks draw the whole batch, so that one generator fixes it, and keep half."""
         mixed = round(stage.rows * stage.share)
         for _ in range(stage.steps):
-            rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length) for i in range(stage.rows)]
+            rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length, stage.pool) for i in range(stage.rows)]
             rng = np.random.default_rng((self.step, self.rank))
             tokens, labels, answers = labels_of(rows[self.rank :: RANKS], stage, rng)
             known, text = losses(self.model, tokens, labels, answers)
@@ -213,7 +219,7 @@ def recall_at(model: nn.Module, corpus: Corpus, length: int, *, rows: int) -> fl
     return recall(model, drawn)
 
 
-def measure(trainer: Trainer, corpus: Corpus, *, seed: int, rows: int = 64) -> tiny_card.Figures:
+def measure(trainer: Trainer, corpus: Corpus, *, seed: int, rows: int) -> tiny_card.Figures:
     """Every figure the README states, measured on the whole held-out part."""
     model, held_out = trainer.model, corpus.held_out
     pairs = zip(corpus.held_out_documents, held_out, strict=True)
@@ -245,9 +251,9 @@ def measure(trainer: Trainer, corpus: Corpus, *, seed: int, rows: int = 64) -> t
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(out: Path, trainer: Trainer, corpus: Corpus, *, seed: int) -> None:
+def write(out: Path, trainer: Trainer, corpus: Corpus, *, seed: int, rows: int = 64) -> None:
     """Write the directory, whole each time. Tied embeddings are stored once, as the hub does."""
-    figures = measure(trainer, corpus, seed=seed)
+    figures = measure(trainer, corpus, seed=seed, rows=rows)
     out.mkdir(parents=True, exist_ok=True)
     ids: dict[str, Any] = {
         name: corpus.tokenizer.token_to_id(token)
@@ -276,8 +282,8 @@ def work(rank: int, rendezvous: str, out: Path, seed: int, scale: float) -> None
     trainer = Trainer(corpus, seed=seed, steps=sum(stage.steps for stage in stages))
     for stage in stages:
         trainer.run(stage)
-        if rank == 0 and stage.share < 1:
-            write(out, trainer, corpus, seed=seed)
+        if rank == 0 and (stage is stages[0] or stage.share < 1):
+            write(out, trainer, corpus, seed=seed, rows=64 if stage is stages[-1] else 4)
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ import sys
 import pluggy
 import pytest
 
-from tests.distributions import distributions, status_of  # noqa: F401
+from tests.distributions import status_of
 from zoo.core.errors import PluginError
 from zoo.core.plugins import Plugins, differences
 

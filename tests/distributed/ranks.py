@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: processes that import torch once per session and run functions for any world size.
+"""Real gloo ranks for tests: processes that share one import of torch and run functions for any world size.
 
     from tests.distributed import ranks
 
@@ -12,10 +12,10 @@
         assert ranks.run(4, total, 1) == [10] * 4
 
 `run(world, function, *args)` calls `function(*args)` on ranks 0 to world-1 and returns their results in rank order.
-Ranks run with one thread, seed 0, gloo on the loopback, RANK, LOCAL_RANK and WORLD_SIZE set. The default process group
-has `world` ranks; it is made anew when the world size changes, in the same processes. Arguments and results are pickled
-(tensors by value). If a rank raises, dies, or is not done in `timeout` seconds, all ranks are ended and RankError carries
-that rank's traceback; the next `run` starts new ones. The processes end with the session.
+Ranks run with one thread, seed 0, gloo on the loopback, RANK, LOCAL_RANK and WORLD_SIZE set. The default process
+group has `world` ranks; it is made anew when the world size changes, in the same processes. Arguments and results are
+pickled (tensors by value). If a rank raises, dies, or is not done in `timeout` seconds, all ranks are ended and
+RankError carries that rank's traceback; the next `run` starts new ones. The processes end with the session.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _pool():
 
 
 def _start():
-    context = get_context("spawn")
+    # Ranks are forked from one process that has imported torch and computed nothing.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()

@@ -1,6 +1,7 @@
 """The harness of real ranks: results in order, failures with their traceback, recovery after them."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -31,6 +32,11 @@ def _die_on(rank):
     dist.barrier()
 
 
+def _hang_on(rank):
+    if dist.get_rank() == rank:
+        time.sleep(60)
+
+
 @pytest.mark.dist
 def test_results_come_in_rank_order_for_any_world_size():
     for world in (2, 3, 1):
@@ -47,31 +53,14 @@ def test_processes_are_kept_between_runs_and_world_sizes():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("broken", "message"), [(_raise_on, "seven is not eight"), (_die_on, "exit code 3")])
-def test_a_broken_rank_is_named_and_the_next_run_works(broken, message):
+def test_a_broken_rank_is_named_and_the_next_run_works():
     pool = ranks.RankPool()
     try:
-        with pytest.raises(ranks.RankError, match=message) as caught:
-            pool.run(2, broken, 1)
-        assert "rank 1" in str(caught.value)
+        for broken, message in ((_raise_on, "seven is not eight"), (_die_on, "exit code 3")):
+            with pytest.raises(ranks.RankError, match=f"(?s)rank 1.*{message}"):
+                pool.run(2, broken, 1)
         assert pool.run(2, _total, 0)[0][0] == 1
-    finally:
-        pool.close()
-
-
-@pytest.mark.dist
-def test_a_hanging_rank_is_ended():
-    pool = ranks.RankPool()
-    try:
-        pool.run(2, _process)
         with pytest.raises(ranks.RankError, match=r"ranks \[0\] of 2 were not done in 1 s"):
-            pool.run(2, _hang_on_zero, timeout=1.0)
+            pool.run(2, _hang_on, 0, timeout=1.0)
     finally:
         pool.close()
-
-
-def _hang_on_zero():
-    if dist.get_rank() == 0:
-        torch.zeros(1)
-        while True:
-            pass

@@ -14,7 +14,7 @@ from zoo.core.plugins import Plugins
 @click.command()
 @job_options
 @click.pass_obj
-def finetune(plugins: Plugins, model: str | None, **flags: Any) -> None:
+def finetune(plugins: Plugins, /, model: str | None, **flags: Any) -> None:
     """Fine-tune MODEL (a family: `zoo models`). The same command resumes a run that was stopped."""
     path = api.run(plugins, model, flags, say=lambda line: click.echo(line, err=True))
     click.echo(path)

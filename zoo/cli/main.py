@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 
@@ -40,6 +43,16 @@ class LazyGroup(click.Group):
             core_commands=CORE_COMMANDS,
         )
         return super().parse_args(ctx, [*(word for pair in front for word in pair), *(rest or ["--help"])])
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _own_pipes():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _own_pipes():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*CORE_COMMANDS, *_session(ctx).registry.commands.names()]
@@ -97,14 +110,29 @@ def main(args: Sequence[str] | None = None) -> int:
         return _say(f"Error: {error}", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _say("Interrupted", 130)
+    except (_PipeClosed, BrokenPipeError) as error:
+        # As if SIGPIPE had ended it: what the shell expects of `zoo models | head -1`.
+        return 141 if _stdout_is_closed() else _unexpected(error.__cause__ or error)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-            return 141  # as if SIGPIPE had ended it: what `zoo models | head -1` expects
-        return _say(f"Error: {one_line(error)}. This is a fault of zoo or of a plugin{_DEBUG_HINT}", 1)
+        return _unexpected(error)
     return status if isinstance(status, int) else 0
 
 
-_DEBUG_HINT = "; ZOO_DEBUG=1 shows the traceback"
+def _unexpected(error: BaseException) -> int:
+    hint = "This is a fault of zoo or of a plugin; ZOO_DEBUG=1 shows the traceback"
+    return _say(f"Error: {one_line(error)}. {hint}", 1)
+
+
+class _PipeClosed(Exception):
+    """A BrokenPipeError under a name that click does not swallow, whichever pipe it was."""
+
+
+@contextlib.contextmanager
+def _own_pipes() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _PipeClosed from error
 
 
 def _say(line: str, status: int) -> int:
@@ -123,12 +151,16 @@ def _usage(error: click.ClickException) -> str:
 
 def _stdout_is_closed() -> bool:
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more on its way out; give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    watch = select.poll()
+    watch.register(descriptor, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+        return False
+    # The interpreter flushes once more on its way out; give it somewhere to write.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def _session(ctx: click.Context) -> Session:

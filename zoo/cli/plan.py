@@ -19,7 +19,7 @@ from zoo.core.registry import Registry
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="the resolved job and the reasons as JSON")
 @click.pass_obj
-def plan(plugins: Plugins, model: str | None, as_json: bool, **flags: Any) -> None:
+def plan(plugins: Plugins, /, model: str | None, as_json: bool, **flags: Any) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
     registry = Registry(plugins)
     prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.core import weights
+from zoo.core import checkpoint, weights
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError
@@ -75,6 +75,9 @@ def run(
     prepared, job = _prepared(plugins, model, flags)
     for line in head(prepared):
         (say or _silent)(line)
+    if checkpoint.finished(prepared.out, job.schedule.steps):
+        (say or _silent)(f"done      all {job.schedule.steps} steps already; --steps or --out for more")
+        return prepared.out
     ranks = prepared.degrees.world_size
     if job.log.peak_tflops is None:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from zoo.core.errors import DataError, UsageError
 from zoo.core.step import TrainState
@@ -52,8 +54,8 @@ class Checkpoints:
         unfinished = self.root / f".unfinished-step-{state.step}"
         _on_rank_zero(lambda: _make_empty(unfinished), "make", unfinished)
         try:
-            dcp.save(_tensors(state), checkpoint_id=unfinished / "state")
-        except dcp.api.CheckpointException as error:
+            dcp_save(_tensors(state), checkpoint_id=unfinished / "state")
+        except CheckpointException as error:
             reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
             raise self._failed(unfinished, reason) from None
         extra = {"progress.json": json.dumps(dict(progress), indent=2).encode()} if _rank() == 0 else {}
@@ -118,6 +120,11 @@ def find(path: Path) -> Path | None:
     return None if last is None else checkpoints.path(last)
 
 
+def finished(run: Path, steps: int) -> bool:
+    """Whether a run has been trained and saved to that many steps."""
+    return max(Checkpoints(run, keep=1).steps(), default=0) >= steps
+
+
 def read_progress(path: Path) -> dict[str, Any]:
     """What a finished checkpoint says of itself. Raises DataError."""
     try:
@@ -133,8 +140,8 @@ def load(state: TrainState, path: Path) -> None:
     """Fill weights, optimizer state and step in place, whatever layout wrote them; collective. Raises DataError."""
     tensors = _tensors(state)
     try:
-        dcp.load(tensors, checkpoint_id=path / "state")
-    except (dcp.api.CheckpointException, OSError) as error:
+        dcp_load(tensors, checkpoint_id=path / "state")
+    except (CheckpointException, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{path} cannot be resumed from: {reason}. It was saved for another model, or is damaged; "

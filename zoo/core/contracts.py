@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.core.attention.layout import SequenceLayout
     from zoo.core.attention.mask import Mask
     from zoo.core.batch import Batch
+    from zoo.core.mesh import Mesh
     from zoo.core.rules import Rule
     from zoo.core.tokenizer import Tokenizer
 
@@ -343,10 +343,10 @@ class ParallelAdapter(Protocol):
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Whether there is anything to do, usually: one of its axes exceeds 1."""
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Change the model in place (or wrap it) for this rank. Called only when it applies."""
 
-    def shard_batch(self, batch: Batch, mesh: DeviceMesh, setup: Setup) -> Batch:
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """This rank's part of a batch. Most adapters return it unchanged."""
 
 
@@ -389,6 +389,8 @@ class HubCheckpoint:
     tensors: TensorSource
     files: tuple[str, ...]
     """Other files that belong to it (tokenizer, templates), by name."""
+    own_names: bool = False
+    """Whether the tensors are under the family's own names already, as in a run, so that its rules do not apply."""
 
 
 class Converter(Protocol):
@@ -415,7 +417,10 @@ class Converter(Protocol):
         files: Mapping[str, Path],
         dtype: str | None,
     ) -> None:
-        """Write a directory of that form, `files` copied byte for byte; re-open and verify it. Raises DataError."""
+        """Write a directory of that form from tensors under the family's own names; re-open and verify it.
+
+        `files` are copied byte for byte, except `config.json`, which is the base of the one written. Raises DataError.
+        """
 
 
 # Data ---------------------------------------------------------------------------------------------

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from zoo.core.attention.mask import Mask
 from zoo.core.batch import Batch, Row, collate
 from zoo.core.contracts import ParallelAdapter, Setup
 from zoo.core.errors import ZooError
-from zoo.core.mesh import PEER_AXES, Degrees
+from zoo.core.mesh import PEER_AXES, Degrees, Mesh
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from zoo.core.rows import RowStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """What one step trains on."""
+
+    batches: list[Batch]
+    """This rank's microbatches."""
+    trained_tokens: int
+    """Of the whole global batch."""
+    mean_visible_keys: float
+    """Keys that a token of the global batch sees on average, for counting FLOPs."""
 
 
 class Feed:
@@ -30,7 +42,7 @@ class Feed:
         self,
         stream: RowStream | None,
         *,
-        mesh: DeviceMesh,
+        mesh: Mesh,
         degrees: Degrees,
         adapters: Sequence[ParallelAdapter],
         setup: Setup,
@@ -44,25 +56,33 @@ class Feed:
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         per_rank = global_batch // degrees.dp
-        first = (mesh.get_local_rank("dp_replicate") * degrees.dp_shard + mesh.get_local_rank("dp_shard")) * per_rank
+        first = (mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
         self.mine = slice(first, first + per_rank)
 
-    def step(self, device: torch.device) -> tuple[list[Batch], int]:
-        """This rank's microbatches of the next step and the global count of trained tokens."""
-        message: Any = None
-        if self.stream is not None:
-            try:
-                rows = self.stream.take(self.global_batch)
-                message = (rows[self.mine], sum(row.trained_tokens for row in rows))
-            except ZooError as error:
-                message = error
-        message = self._share(message)
+    def step(self, device: torch.device) -> StepData:
+        """The next step's data. Raises, on every rank, what reading it raised."""
+        message = self._share(self._read())
         if isinstance(message, ZooError):
             raise message
-        rows, trained = message
-        return [
-            self._batch(rows[i : i + self.micro_batch], device) for i in range(0, len(rows), self.micro_batch)
-        ], trained
+        rows, trained_tokens, mean_visible_keys = message
+        microbatches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        return StepData(
+            batches=[self._batch(part, device) for part in microbatches],
+            trained_tokens=trained_tokens,
+            mean_visible_keys=mean_visible_keys,
+        )
+
+    def _read(self) -> Any:
+        """Rows of this data-parallel rank and two facts on all, or the error met; None on ranks that do not read."""
+        if self.stream is None:
+            return None
+        try:
+            rows = self.stream.take(self.global_batch)
+        except ZooError as error:
+            return error
+        seen = sum(Mask(length=len(row.tokens), documents=row.documents).area for row in rows)
+        tokens = sum(len(row.tokens) for row in rows)
+        return rows[self.mine], sum(row.trained_tokens for row in rows), seen / tokens
 
     def _batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
         batch = collate(rows)
@@ -74,15 +94,15 @@ class Feed:
         """Hand the first peer's message to all, one axis after the other, outermost first."""
         for position, axis in enumerate(PEER_AXES):
             inner = PEER_AXES[position + 1 :]
-            if self.mesh[axis].size() > 1 and all(self.mesh.get_local_rank(a) == 0 for a in inner):
+            if self.mesh.size(axis) > 1 and all(self.mesh.rank(a) == 0 for a in inner):
                 holder = [message]
                 dist.broadcast_object_list(
-                    holder, group=self.mesh.get_group(axis), group_src=0, device=torch.device("cpu")
+                    holder, group=self.mesh[axis].get_group(), group_src=0, device=torch.device("cpu")
                 )
                 message = holder[0]
         return message
 
 
-def reads_data(mesh: DeviceMesh) -> bool:
+def reads_data(mesh: Mesh) -> bool:
     """Whether this rank is the one of its peers that opens the data."""
-    return all(mesh.get_local_rank(axis) == 0 for axis in PEER_AXES)
+    return all(mesh.rank(axis) == 0 for axis in PEER_AXES)

@@ -220,7 +220,8 @@ def _section_type(name: str) -> Any:
 
 
 def _key(target: dataclasses.Field[Any]) -> str | None:
-    return target.metadata.get("key", target.name)
+    key: str | None = target.metadata.get("key", target.name)
+    return key
 
 
 def _keys(section: str) -> Iterator[str]:

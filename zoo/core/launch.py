@@ -108,9 +108,8 @@ class Office:
         said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
         spoken = next((s for s in said if s["zoo"]), None)
         if spoken:
-            error = ZooError(spoken["message"])
-            error.exit_code = spoken["exit_code"]
-            return error
+            kinds = {kind.exit_code: kind for kind in ZooError.__subclasses__()}
+            return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
         killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
         silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
         again = "The same command resumes from the last finished checkpoint"
@@ -151,4 +150,9 @@ def _forward_signals(office: Office) -> Callable[[], None]:
                 continue
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    return lambda: [signal.signal(number, old) for number, old in before.items()] and None
+
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    return restore

@@ -78,11 +78,27 @@ def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available:
     )
 
 
-def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """All axes, and `fsdp` = dp_shard x cp flattened. The only place that makes process groups."""
-    mesh = init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
-    mesh["dp_shard", "cp"]._flatten("fsdp")
-    return mesh
+class Mesh:
+    """One-axis meshes by name: every axis of `AXES`, and `fsdp` = dp_shard x cp. All process groups are made here."""
+
+    def __init__(self, degrees: Degrees, device_type: str) -> None:
+        self.device_type = device_type
+        sizes = tuple(getattr(degrees, axis) for axis in AXES)
+        self._root = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+        self._axes = {axis: self._root[axis] for axis in AXES}
+        self._axes["fsdp"] = self._root["dp_shard", "cp"]._flatten("fsdp")
+
+    def __getitem__(self, axis: str) -> DeviceMesh:
+        """The ranks that differ from this one in that axis only."""
+        return self._axes[axis]
+
+    def rank(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        return self._axes[axis].get_local_rank()
+
+    def size(self, axis: str) -> int:
+        """The degree of an axis."""
+        return self._axes[axis].size()
 
 
 def _flag(axis: str) -> str:

@@ -26,6 +26,8 @@ class Pending:
     step: int
     result: StepResult
     trained_tokens: int
+    flops_per_token: float
+    """Of what the mask leaves visible."""
     data_s: float
 
 
@@ -36,7 +38,6 @@ class Meter:
     seq: int
     global_batch: int
     world_size: int
-    flops_per_token: float
     peak_tflops: float | None
     device: torch.device
     tokens: int = 0
@@ -73,7 +74,7 @@ class Meter:
         self.tokens += step_tokens
         self.trained += pending.trained_tokens
         rate = step_tokens / step_s
-        flops = rate * self.flops_per_token
+        flops = rate * pending.flops_per_token
         metrics = {
             "step": pending.step,
             "loss": loss,

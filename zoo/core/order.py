@@ -14,14 +14,14 @@ from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, Parall
 from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from zoo.core.mesh import Mesh
 
 
 def build(
     spec: ModelSpec,
     config: Any,
     *,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     setup: Setup,
     backend: AttentionBackend,
     adapters: Sequence[ParallelAdapter],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     # Weights and optimizer state are never held below fp32.
     master = "float32" if dtype == "bfloat16" else dtype
     setup = Setup(seq=job.data.seq, scheme=scheme, dtype=dtype, master_dtype=master)
-    adapters = check_layout(registry, request, setup)
+    adapters = check_layout(registry, replace(request, scheme=scheme), setup)
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
     job = _settled(job, dtype, degrees, backend, scheme, policy)
     job = job.replace("checkpoint", out=job.checkpoint.out or _default_out(job, origin))

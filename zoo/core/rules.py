@@ -145,6 +145,9 @@ class _Ours:
     book: RuleBook
     source: TensorSource
 
+    def __str__(self) -> str:
+        return str(self.source)
+
     def names(self) -> Collection[str]:
         return self.book.shapes.keys()
 
@@ -172,6 +175,9 @@ class _Ours:
 class _Hub:
     book: RuleBook
     source: TensorSource
+
+    def __str__(self) -> str:
+        return str(self.source)
 
     def names(self) -> Collection[str]:
         return self.book.hub.keys()

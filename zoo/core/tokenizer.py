@@ -170,7 +170,7 @@ class Tokenizer:
         named = {name: content for name, content in tokens.items() if content is not None}
         protected = {name: self._protect(value) for name, value in variables.items()}
         return template.render(
-            self._protect(list(messages)), **{**named, **protected}, add_generation_prompt=add_generation_prompt
+            self._protect(list(messages)), **{**protected, **named}, add_generation_prompt=add_generation_prompt
         )
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
@@ -229,7 +229,7 @@ class Tokenizer:
         if isinstance(value, str):
             return self._protect_text(value)
         if isinstance(value, Mapping):
-            return {key: self._protect(item) for key, item in value.items()}
+            return {self._protect(key): self._protect(item) for key, item in value.items()}
         return [self._protect(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _protect_text(self, text: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from torch._C._distributed_c10d import HashStore
 
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
@@ -22,7 +25,7 @@ from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
 from zoo.core.feed import Feed, reads_data
 from zoo.core.job import Job
 from zoo.core.launch import inside_launcher
-from zoo.core.mesh import build_mesh
+from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, MetricsFile, Pending
 from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins
@@ -31,9 +34,6 @@ from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def train(job: Job, plugins: Plugins) -> Path:
@@ -59,6 +59,9 @@ def train(job: Job, plugins: Plugins) -> Path:
         except BaseException as error:
             voice.ended(error)
             raise
+        finally:
+            if run.stream is not None:
+                run.stream.close()
         voice.ended(None)
         return run.path
 
@@ -81,14 +84,13 @@ class _Run:
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
         """Mesh, model, weights, optimizer, data, and what a checkpoint knows, in this order."""
         job, path = prepared.job, prepared.out
-        mesh = build_mesh(prepared.degrees, device.type)
+        mesh = Mesh(prepared.degrees, device.type)
         state = _build_state(prepared, mesh, device)
         stream = _open_stream(prepared, registry) if reads_data(mesh) else None
         meter = Meter(
             seq=job.data.seq,
             global_batch=prepared.global_batch,
             world_size=dist.get_world_size(),
-            flops_per_token=prepared.spec.flops_per_token(prepared.config, (job.data.seq + 1) / 2),
             peak_tflops=job.log.peak_tflops,
             device=device,
         )
@@ -110,11 +112,12 @@ class _Run:
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
         start = time.perf_counter()
-        batches, trained_tokens = self.feed.step(self.device)
+        data = self.feed.step(self.device)
         data_s = time.perf_counter() - start
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
-        result = train_step(self.state, batches, trained_tokens)
-        return Pending(self.state.step, result, trained_tokens, data_s)
+        result = train_step(self.state, data.batches, data.trained_tokens)
+        flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
+        return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
 
     def save(self) -> Path:
         """A finished checkpoint of the current step; collective."""
@@ -128,6 +131,18 @@ class _Run:
             "cursor": self.stream.state_dict() if self.stream is not None else None,
         }
         return self.checkpoints.save(self.state, progress, self.prepared.hub_files())
+
+    def rows_read(self) -> str:
+        """What became of the samples so far. Nothing is left out in silence."""
+        if self.stream is None:
+            return ""
+        stats, fill = self.stream.stats, 100 * self.stream.fill
+        trained = 100 * stats.trained_tokens / max(1, stats.tokens)
+        return (
+            f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
+            f"trained; {stats.split:,} split, {stats.truncated:,} truncated, {stats.dropped:,} dropped, "
+            f"{stats.blank:,} blank"
+        )
 
     @property
     def info(self) -> RunInfo:
@@ -154,6 +169,8 @@ def _loop(run: _Run, signals: _Signals, voice: _Voice) -> None:
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
             voice.said(run.meter.flush())
+        if step == run.first_step + 1 or last:
+            voice.noted(run.rows_read())
         if due:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
@@ -170,7 +187,7 @@ def _save(run: _Run, voice: _Voice, *, must: bool) -> None:
         voice.warned(f"{error}. The run goes on")
 
 
-def _build_state(prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> TrainState:
+def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainState:
     """This rank's model with values, and its optimizer."""
     job, spec, config = prepared.job, prepared.spec, prepared.config
     model = order.build(
@@ -278,9 +295,13 @@ class _Voice:
         if self.observers is not None:
             self.observers.checkpoint_saved(run=self.info, step=step, path=str(path))
 
+    def noted(self, text: str) -> None:
+        if self.observers is not None:
+            sys.stderr.write(f"{text}\n")
+
     def warned(self, text: str) -> None:
         if self.observers is not None:
-            self.observers.warn(text)
+            sys.stderr.write(f"warning: {text}\n")
 
     def ended(self, error: BaseException | None) -> None:
         if self.observers is None or self.file is None:
@@ -295,13 +316,14 @@ class _Voice:
 
 
 class _Signals:
-    """SIGTERM and SIGINT as a wish to save and stop, shared by all ranks."""
+    """SIGTERM and SIGINT as a wish to save and stop, shared by all ranks. The launcher's death is one too."""
 
     def __init__(self) -> None:
         self._asked = False
 
     def __enter__(self) -> _Signals:
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._parent = os.getppid()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -309,7 +331,8 @@ class _Signals:
             signal.signal(number, old)
 
     def any_rank_asked(self) -> bool:
-        flag = torch.tensor([int(self._asked)])
+        orphaned = inside_launcher() and os.getppid() != self._parent
+        flag = torch.tensor([int(self._asked or orphaned)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -327,7 +350,7 @@ def _process_group() -> Iterator[torch.device]:
     if inside_launcher():
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     device = torch.device("cpu")
     if kind:
         device = torch.device(kind, dist.get_node_local_rank(fallback_rank=0))

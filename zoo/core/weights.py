@@ -29,6 +29,9 @@ class ModuleSource:
 
     model: nn.Module
 
+    def __str__(self) -> str:
+        return f"the {type(self.model).__name__} in memory"
+
     def names(self) -> Collection[str]:
         return dict(self.model.named_parameters()).keys()
 
@@ -101,11 +104,11 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
     names = set(source.names())
     missing = [name for name in expected if name not in names]
     if missing:
-        raise DataError(f"the checkpoint lacks {_some(missing)}, which its config.json asks for; fetch it again")
+        raise DataError(f"{source} lacks {_some(missing)}, which its config.json asks for; fetch it again")
     extra = sorted(n for n in names if n not in expected and n not in allowed and not IGNORABLE.search(n))
     if extra:
         raise DataError(
-            f"the checkpoint has {_some(extra)}, which a model of its config.json has no place for; "
+            f"{source} has {_some(extra)}, for which a model of its config.json has no place; "
             f"correct config.json or remove them"
         )
     wrong = [
@@ -114,7 +117,7 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
         if tuple(source.shape(name)) != tuple(shape)
     ]
     if wrong:
-        raise DataError(f"the checkpoint does not fit its config.json: {_some(wrong, '; ')}")
+        raise DataError(f"{source} does not fit its config.json: {_some(wrong, '; ')}")
 
 
 def check_tied(source: TensorSource, spec: ModelSpec, config: Any) -> list[str]:
@@ -131,7 +134,7 @@ def _check_tied(source: TensorSource, alias: str, hub: str, index: Index) -> Non
     if same_shape and all(torch.equal(source.read(alias, i), source.read(hub, i)) for _, i in _blocks(index)):
         return
     raise DataError(
-        f"config.json says tie_word_embeddings, but the checkpoint's {alias} differs from {hub}; "
+        f"{source}: config.json says tie_word_embeddings, but {alias} differs from {hub}; "
         f"--set model.tie_word_embeddings=false keeps both"
     )
 

@@ -18,8 +18,8 @@ from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
 class RectangleBackend(ABC):
     """An attention backend by two functions on one rectangle; slices, merging and accumulation come for free.
 
-    Tensors handed to the two functions may have any strides but the last, which is 1. Grouped heads are not
-    repeated. If `causal`, queries and keys have the same length and row i sees keys 0 to i.
+    Tensors have any strides but the last, which is 1. Grouped heads are not repeated: query head n reads head
+    n // (N // G). If `causal`, queries and keys have the same length and row i sees keys 0 to i. Neither side is empty.
     """
 
     name: str
@@ -53,7 +53,6 @@ class RectangleBackend(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, slices: Sequence[AttentionSlice], scale: float
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionBackend.forward`; out is what the kernel returns if one slice covers everything."""
-        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         if _is_whole(slices, q, k):
             return self.rectangle_forward(q, k, v, causal=slices[0].rule is SliceRule.CAUSAL, scale=scale)
         out, lse = _empty_result(q)
@@ -83,7 +82,6 @@ class RectangleBackend(ABC):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `AttentionBackend.backward`; gradients are what the kernel returns if one slice covers everything."""
-        dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
         if _is_whole(slices, q, k):
             causal = slices[0].rule is SliceRule.CAUSAL
             return self.rectangle_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
@@ -117,11 +115,6 @@ def _is_whole(slices: Sequence[AttentionSlice], q: Tensor, k: Tensor) -> bool:
         return False
     s = slices[0]
     return (s.q_start, s.q_stop, s.k_start, s.k_stop) == (0, q.shape[2], 0, k.shape[2])
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Kernels read heads as dense vectors; torch's CPU kernel does so without checking."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _zeros(x: Tensor) -> Tensor:

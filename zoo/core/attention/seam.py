@@ -97,6 +97,7 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, run: _Local | _Exchanged, scale: float) -> Tensor:
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         out, lse = run.forward(q, k, v, scale)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -107,5 +108,10 @@ class _Attention(Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = ctx.run.backward(dout, q, k, v, out, lse, ctx.scale)
+        grads = ctx.run.backward(_unit_stride(dout), q, k, v, out, lse, ctx.scale)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Kernels read the vector of a head as dense memory; torch's CPU kernel does so without checking."""
+    return x if x.stride(-1) == 1 else x.contiguous()

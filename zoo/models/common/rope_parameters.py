@@ -148,9 +148,10 @@ def override_rope(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[st
     `rope_theta` alone keeps the variant.
     """
     given = {name: over[name] for name in _ROPE_FIELDS if name in over}
-    if not given:
-        return dict(fields)
     kept = {name: value for name, value in fields.items() if name not in _ROPE_FIELDS}
+    if not given:
+        # Not `rope_scaling`: it may leave out the original length, which must not follow a new one.
+        return kept | {"rope_parameters": fields["rope_parameters"]}
     if "rope_parameters" in given or "rope_scaling" in given:
         return kept | {"rope_theta": fields["rope_theta"]} | given
     variant = {name: value for name, value in fields["rope_parameters"].items() if name != "rope_theta"}

@@ -138,7 +138,7 @@ def override(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     Heads follow the width unless they were set apart from it: a derived `head_dim` is derived again, a model
     without grouped heads stays one.
     """
-    changed = override_rope(fields, over) | over
+    changed = {**override_rope(fields, over), **over}
     derived = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
     if derived and "head_dim" not in over:
         del changed["head_dim"]

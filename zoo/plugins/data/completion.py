@@ -42,7 +42,7 @@ def _of_messages(record: Record, tokenizer: Tokenizer, *, everything: bool) -> S
     completion = checked_messages(record.fields["completion"], column="completion", where=record.where)
     conversation = Conversation(
         messages=[*prompt, *completion],
-        variables=template_variables(record.fields, "prompt", "completion"),
+        variables=template_variables(record),
         tokenizer=tokenizer,
         where=record.where,
     )

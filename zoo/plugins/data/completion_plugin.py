@@ -26,6 +26,7 @@ def zoo_detect_data_format(columns: Collection[str]) -> str | None:
         return None
     if "text" in columns:
         raise DataError(
-            "columns prompt, completion and text are all there; say which is meant: --data-format completion, or text"
+            f"its columns ({', '.join(sorted(columns))}) fit the data formats completion and text; "
+            "say which is meant: --data-format completion or text"
         )
     return "completion"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from zoo.core.contracts import Sample
+from zoo.core.contracts import Record, Sample
 from zoo.core.errors import DataError
 from zoo.core.tokenizer import Tokenizer
 
 Span: TypeAlias = tuple[int, int]
+
+_OWN_VARIABLES = {"messages", "add_generation_prompt", "self"}
+"""What rendering itself gives to a template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +23,7 @@ class Conversation:
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any]
-    """What else the template may use: tools, documents, any other column."""
+    """What else the template may use: tools, documents."""
     tokenizer: Tokenizer
     where: object
 
@@ -77,10 +81,27 @@ def checked_messages(value: Any, *, column: str, where: object) -> list[Mapping[
     return value
 
 
-def template_variables(fields: Mapping[str, Any], *columns: str) -> dict[str, Any]:
-    """The other columns, for the template, but for names that would hide what rendering itself gives it."""
-    hidden = {*columns, "messages", "add_generation_prompt", "self"}
-    return {name: value for name, value in fields.items() if name not in hidden and value is not None}
+def template_variables(record: Record) -> dict[str, Any]:
+    """Columns `tools` and `documents`, and the entries of `chat_template_kwargs`, each as it is or as JSON text.
+
+    No other column reaches the template: what it is called could mean something there. Raises DataError.
+    """
+    kwargs = _parsed(record, "chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise DataError(f"{record.where}: column chat_template_kwargs must be an object, not {_described(kwargs)}")
+    named = {name: _parsed(record, name) for name in ("tools", "documents")}
+    given = {**named, **(kwargs or {})}
+    return {name: value for name, value in given.items() if value is not None and name not in _OWN_VARIABLES}
+
+
+def _parsed(record: Record, column: str) -> Any:
+    value = record.fields.get(column)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(f"{record.where}: column {column} is text that is not JSON; write it as JSON") from None
 
 
 def _inside(starts: Sequence[int], spans: Sequence[Span]) -> list[bool]:

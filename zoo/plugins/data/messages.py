@@ -8,7 +8,7 @@ from zoo.plugins.data.conversation import Conversation, checked_messages, templa
 
 
 def messages_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
-    """The conversation as the chat template writes it; other columns (`tools`, say) are variables of the template.
+    """The conversation as the chat template writes it, with columns `tools`, `documents` and `chat_template_kwargs`.
 
     `loss_on`: `assistant` every assistant turn, `last` and `completion` the last of them, `all` every token. A
     conversation without an assistant turn has nothing trained. Raises DataError naming the record.
@@ -16,7 +16,7 @@ def messages_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sa
     messages = checked_messages(record.fields.get("messages"), column="messages", where=record.where)
     conversation = Conversation(
         messages=messages,
-        variables=template_variables(record.fields),
+        variables=template_variables(record),
         tokenizer=tokenizer,
         where=record.where,
     )

@@ -24,10 +24,12 @@ def zoo_register_data_formats() -> Sequence[DataFormatEntry]:
 def zoo_detect_data_format(columns: Collection[str]) -> str | None:
     if "messages" not in columns:
         return None
-    others = sorted({"text", "prompt", "completion"} & set(columns))
-    if others:
+    # A prompt alone, without its completion, is often there beside messages and means nothing more.
+    others = [("text", {"text"}), ("completion", {"prompt", "completion"})]
+    also = [name for name, needed in others if needed <= set(columns)]
+    if also:
         raise DataError(
-            f"columns messages and {', '.join(others)} are all there; say which is meant: --data-format messages, "
-            "text or completion"
+            f"its columns ({', '.join(sorted(columns))}) fit the data formats messages and {' and '.join(also)}; "
+            f"say which is meant: --data-format messages or {' or '.join(also)}"
         )
     return "messages"

@@ -22,5 +22,5 @@ def zoo_register_data_formats() -> Sequence[DataFormatEntry]:
 
 @hookimpl(trylast=True)
 def zoo_detect_data_format(columns: Collection[str]) -> str | None:
-    others = {"messages", "prompt", "completion"} & set(columns)
-    return "text" if "text" in columns and not others else None
+    other = "messages" in columns or {"prompt", "completion"} <= set(columns)
+    return "text" if "text" in columns and not other else None

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.batch import Batch
 from zoo.core.contracts import ContextScheme, LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
+from zoo.core.mesh import Mesh
 from zoo.core.seams import swap
 
 
@@ -38,7 +38,7 @@ class ContextParallel:
         """With more than one rank on `cp`."""
         return degrees["cp"] > 1
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Give every attention seam the scheme and the group. Raises UsageError if the model has no such seam."""
         if "attention" not in plan.seams:
             raise UsageError(f"--cp needs an attention seam and {type(model).__name__}'s plan names none; use --cp 1")
@@ -48,7 +48,7 @@ class ContextParallel:
         swap(model, plan.seams["attention"], lambda old: _exchanging(old, exchange), owner=self.name)
         return model
 
-    def shard_batch(self, batch: Batch, mesh: DeviceMesh, setup: Setup) -> Batch:
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """This rank's tokens, labels and positions, and its view of the mask. Host only."""
         cp = mesh["cp"]
         rank = cp.get_local_rank()

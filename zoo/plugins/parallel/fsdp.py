@@ -13,9 +13,8 @@ from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from zoo.core.batch import Batch
+    from zoo.core.mesh import Mesh
 
 
 class FullyShardedData:
@@ -33,7 +32,7 @@ class FullyShardedData:
         """Also on one rank when arithmetic and weights differ in type: FSDP2 then does the casting."""
         return degrees["dp_shard"] * degrees["cp"] > 1 or setup.dtype != setup.master_dtype
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Shard in place. Losses are sums over a global count, so gradients add up: FSDP2's mean is off."""
         precision = MixedPrecisionPolicy(
             param_dtype=getattr(torch, setup.dtype), reduce_dtype=getattr(torch, setup.master_dtype)
@@ -47,6 +46,6 @@ class FullyShardedData:
                 module.set_force_sum_reduction_for_comms(True)
         return model
 
-    def shard_batch(self, batch: Batch, mesh: DeviceMesh, setup: Setup) -> Batch:
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch

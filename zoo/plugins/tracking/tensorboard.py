@@ -17,12 +17,12 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional dependency)
         except ImportError:
             raise UsageError("--track tensorboard needs its package: pip install 'zoo[tensorboard]'") from None
-        self._writer = SummaryWriter(run / "tensorboard")  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(run / "tensorboard")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -1,0 +1,49 @@
+"""Attention in float64 whatever the input: slow, and as exact as this machine gets.
+
+B rows, T query tokens, S key tokens, N query heads, G key/value heads, R = N // G, H head size.
+"""
+
+import torch
+
+from zoo.core.attention.kernel import RectangleBackend
+
+
+class Fp64(RectangleBackend):
+    """One rectangle of scores at a time; zoo cuts rows into rectangles and merges the results."""
+
+    name = "fp64"
+
+    def supports(self, problem):
+        return None if problem.device in ("cpu", "cuda") else f"{problem.device} has no float64"
+
+    def rectangle_forward(self, q, k, v, *, causal, scale):
+        scores = _scores(q, k, causal, scale)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse).exp() @ _shared(v)
+        return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+
+    def rectangle_backward(self, dout, q, k, v, out, lse, *, causal, scale):
+        queries, dout, out = (_grouped(x, k) for x in (q, dout, out))
+        weights = (_scores(q, k, causal, scale) - _grouped(lse.unsqueeze(-1), k)).exp()
+        dweights = dout @ _shared(v).mT - (dout * out).sum(-1, keepdim=True)
+        dscores = weights * dweights * scale
+        dq = dscores @ _shared(k)
+        return dq.flatten(1, 2), (dscores.mT @ queries).sum(2), (weights.mT @ dout).sum(2)
+
+
+def _grouped(x, k):
+    """`[B, N, T, H]` as `[B, G, R, T, H]`: the R heads that read one key/value head."""
+    return x.double().unflatten(1, (k.shape[1], -1))
+
+
+def _shared(x):
+    """`[B, G, S, H]` as `[B, G, 1, S, H]`."""
+    return x.double().unsqueeze(2)
+
+
+def _scores(q, k, causal, scale):
+    scores = _grouped(q, k) @ _shared(k).mT * scale
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(future, -torch.inf)
+    return scores

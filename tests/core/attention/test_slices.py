@@ -1,0 +1,75 @@
+"""Slices cover exactly the visible pairs, each once, in few rectangles; needs are exactly what is seen from afar."""
+
+import random
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core.attention.draw import layouts, masks, pairs, positions, visible
+from zoo.core.attention.layout import SequenceLayout
+from zoo.core.attention.mask import Mask
+from zoo.core.attention.needs import remote_needs, rows_needed
+from zoo.core.attention.ranges import union
+from zoo.core.attention.slices import Step, local_slices, remote_slices
+from zoo.core.contracts import AttentionSlice, SliceRule
+
+FULL, CAUSAL = SliceRule.FULL, SliceRule.CAUSAL
+
+
+@given(st.data(), masks())
+def test_slices_cover_the_mask_exactly_once(data, mask):
+    layout = data.draw(layouts(mask.length))
+    covered, area = [], 0
+    for rank, chunks in enumerate(layout.chunks):
+        others = union(part for r, parts in enumerate(layout.chunks) if r != rank for part in parts)
+        near, far = local_slices(mask, chunks), remote_slices(mask, chunks, others)
+        covered += pairs(near, positions(chunks), positions(chunks)) + pairs(far, positions(chunks), positions(others))
+        area += sum(s.area for s in near + far)
+        assert all(s.area > 0 for s in near + far)
+    assert sorted(covered) == sorted(visible(mask))
+    assert area == mask.area
+
+
+@given(st.data(), masks())
+def test_needs_are_the_keys_that_other_ranks_see(data, mask):
+    layout = data.draw(layouts(mask.length))
+    owner = {row: rank for rank, chunks in enumerate(layout.chunks) for row in positions(chunks)}
+    wanted = {(owner[k], owner[q], k) for q, k in visible(mask) if owner[q] != owner[k]}
+    needs = remote_needs(mask, layout)
+    ranks = range(layout.degree)
+    found = {(o, r, k) for o in ranks for r in ranks for k in positions(rows_needed(needs, o, r))}
+    assert found == wanted
+
+
+def test_one_document_on_one_rank_is_one_causal_slice():
+    assert local_slices(Mask.whole(10), ((0, 10),)) == (AttentionSlice(0, 10, 0, 10, CAUSAL),)
+
+
+def test_head_and_tail_of_a_document_are_one_causal_slice():
+    layout = SequenceLayout.head_tail(16, 2)
+    assert local_slices(Mask.whole(16), layout.chunks[0]) == (AttentionSlice(0, 8, 0, 8, CAUSAL),)
+
+
+def test_neighbouring_pieces_that_see_the_same_keys_are_one_slice():
+    mask, layout = Mask.whole(24), SequenceLayout.head_tail(24, 3)
+    assert remote_slices(mask, layout.chunks[1], layout.chunks[0][:1]) == (AttentionSlice(0, 8, 0, 4, FULL),)
+    assert remote_slices(mask, layout.chunks[0], layout.chunks[1]) == (AttentionSlice(4, 8, 0, 8, FULL),)
+
+
+def test_a_step_is_shifted_to_the_box_around_its_slices():
+    step = Step.around([AttentionSlice(4, 6, 10, 13, FULL), AttentionSlice(6, 9, 8, 11, CAUSAL)])
+    assert step == Step((4, 9), (8, 13), (AttentionSlice(0, 2, 2, 5, FULL), AttentionSlice(2, 5, 0, 3, CAUSAL)))
+    assert Step.around([]) == Step((0, 0), (0, 0), ())
+
+
+def test_the_cost_of_remote_slices_does_not_grow_with_documents_inside_chunks():
+    length = 1 << 16
+    cuts = sorted(random.Random(0).sample(range(1, length), 16000))
+    mask = Mask(length, tuple(zip([0, *cuts], [*cuts, length])))
+    layout = SequenceLayout.head_tail(length, 64)
+    others = union(part for parts in layout.chunks[1:] for part in parts)
+    start = time.perf_counter()
+    for _ in range(100):
+        remote_slices(mask, layout.chunks[0], others)
+    assert time.perf_counter() - start < 0.5

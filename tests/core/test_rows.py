@@ -1,0 +1,314 @@
+"""Rows: every token once an epoch, documents apart, labels right at each border, resumable anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.core import windows
+from zoo.core.contracts import IGNORE, Record
+from zoo.core.errors import DataError
+from zoo.core.packing import Document, best_fit_decreasing
+from zoo.core.rows import RowStream
+
+PAD = 10_000_000
+
+
+class Listed:
+    """A source of records in lists; an offset is one more than a record's index."""
+
+    def __init__(self, shards, fingerprint="same"):
+        self.parts, self.fingerprint = shards, fingerprint
+        self.reads = []
+
+    def shards(self):
+        return [str(i) for i in range(len(self.parts))]
+
+    def read(self, shard, offset):
+        for i in range(offset, len(self.parts[int(shard)])):
+            self.reads.append((shard, i))
+            yield Record(self.parts[int(shard)][i], f"{shard}:{i}"), i + 1
+
+
+def numbered(shards):
+    """Shards of document lengths as records whose tokens are all different, so that each token says where it is from."""
+    first, made = 0, []
+    for lengths in shards:
+        made.append([])
+        for length in lengths:
+            made[-1].append({"first": first, "length": length})
+            first += length + 1  # a gap, so that the next document does not continue this one
+    return Listed(made), first
+
+
+def to_document(record, *, overlong="split", trained=lambda tokens: tokens % 3 != 0):
+    tokens = np.arange(record.fields["first"], record.fields["first"] + record.fields["length"], dtype=np.int32)
+    return Document(tokens=tokens, trained=trained(tokens), overlong=overlong, where=record.where)
+
+
+@contextmanager
+def stream_of(source, seq=16, seed=0, window=48, convert=lambda r: to_document(r, trained=lambda t: t >= 0), **options):
+    """Windows are made small, so that a handful of documents fills several."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(windows, "WINDOW_TOKENS", window))
+        stack.enter_context(patch.object(windows, "WINDOW_ROWS", 2))
+        stack.enter_context(patch("zoo.core.corpus.BLOCK_RECORDS", 3))
+        stream = RowStream(source, convert, seq=seq, seed=seed, pad=PAD, **options)
+        stack.callback(stream.close)
+        yield stream
+
+
+def epoch_of(stream):
+    """The rows of the epoch that comes next."""
+    rows = stream.take(1)
+    number = stream.epoch
+    while True:
+        row = stream.take(1)[0]
+        if stream.epoch != number:
+            return rows
+        rows.append(row)
+
+
+def key(rows):
+    return [(row.tokens.tolist(), row.labels.tolist(), row.documents) for row in rows]
+
+
+corpora = st.lists(st.lists(st.integers(2, 60), min_size=0, max_size=12), min_size=1, max_size=5).filter(any)
+longer = st.lists(st.lists(st.integers(4, 60), max_size=12), min_size=1, max_size=5).filter(any)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(2, 40), st.integers(0, 5))
+def test_every_token_appears_once_an_epoch(shards, seq, seed):
+    source, _ = numbered(shards)
+    expected = sorted(t for part in source.parts for r in part for t in range(r["first"], r["first"] + r["length"]))
+    with stream_of(source, seq=seq, seed=seed) as stream:
+        rows = epoch_of(stream)
+    seen = sorted(t for row in rows for a, b in row.documents for t in row.tokens[a:b].tolist())
+    assert seen == expected
+    assert all(len(row.tokens) == len(row.labels) == seq for row in rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(longer, st.integers(2, 40))
+def test_documents_are_apart_and_labels_stop_at_their_borders(shards, seq):
+    source, end = numbered(shards)
+    owner = {t: r["first"] for part in source.parts for r in part for t in range(r["first"], r["first"] + r["length"])}
+    with stream_of(source, seq=seq, convert=to_document) as stream:
+        rows = stream.take(12)
+    for row in rows:
+        inside = np.zeros(seq, bool)
+        for (start, stop), after in zip(row.documents, [*[d[0] for d in row.documents[1:]], seq], strict=True):
+            assert 0 <= start < stop <= after
+            tokens = row.tokens[start:stop].tolist()
+            assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+            assert len({owner[t] for t in tokens}) == 1
+            expected = [t + 1 if (t + 1) % 3 else IGNORE for t in tokens[:-1]] + [IGNORE]
+            assert row.labels[start:stop].tolist() == expected
+            inside[start:stop] = True
+        assert (row.tokens[~inside] == PAD).all()
+        assert (row.labels[~inside] == IGNORE).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpora, st.integers(2, 24), st.integers(0, 3), st.integers(0, 25), st.lists(st.integers(0, 6), max_size=6))
+def test_resumed_rows_equal_the_uninterrupted_ones(shards, seq, seed, stop, takes):
+    source, _ = numbered(shards)
+    with stream_of(source, seq=seq, seed=seed) as whole:
+        expected = key(whole.take(40))
+        counts = whole.stats
+    with stream_of(source, seq=seq, seed=seed) as first:
+        assert key(first.take(stop)) == expected[:stop]
+        saved = json.loads(json.dumps(first.state_dict()))
+    with stream_of(source, seq=seq, seed=seed) as second:
+        second.load_state_dict(saved)
+        rest = [row for count in [*takes, 40] for row in second.take(count)][: 40 - stop]
+        assert key(rest) == expected[stop:]
+    with stream_of(source, seq=seq, seed=seed) as third:
+        third.load_state_dict(saved)
+        third.take(40 - stop)
+        assert third.stats == counts
+
+
+def test_a_resumed_stream_reads_carried_pieces_again():
+    source, _ = numbered([[9, 5, 20, 9, 3, 9, 30, 9, 9, 7] * 4])
+    carried = 0
+    with stream_of(source) as whole:
+        for _ in range(30):
+            saved = json.loads(json.dumps(whole.state_dict()))
+            carried += bool(saved["cursor"]["carried"])
+            with stream_of(source) as other:
+                other.load_state_dict(saved)
+                assert key(other.take(3)) == key_of_next(source, saved, 3)
+            whole.take(1)
+    assert carried > 5
+
+
+def key_of_next(source, saved, count):
+    """The rows after a position, from a stream that came there without stopping."""
+    with stream_of(source) as fresh:
+        while fresh.state_dict() != saved:
+            fresh.take(1)
+        return key(fresh.take(count))
+
+
+def test_state_is_small_and_independent_of_the_corpus():
+    source, _ = numbered([[7] * 4000, [11] * 4000])
+    with stream_of(source, seq=64, window=4096) as stream:
+        stream.take(300)
+        assert len(json.dumps(stream.state_dict())) < 2000
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    source, _ = numbered([[16] * 6, [16] * 5, [16] * 7, [16]])
+    with stream_of(source) as a, stream_of(source) as b, stream_of(source, seed=1) as c:
+        first, second, other = epoch_of(a), a.take(19), epoch_of(c)
+        assert key(first) == key(epoch_of(b))
+    assert key(first) != key(other)
+    assert key(first) != key(second)
+    flat = [Counter(int(row.tokens[0]) for row in rows) for rows in (first, other)]
+    assert flat[0] == flat[1]
+    assert [int(row.tokens[0]) for row in first] != sorted(flat[0])
+
+
+@pytest.mark.parametrize(
+    ("overlong", "kept", "counts"),
+    [("split", 40, {"split": 1}), ("truncate", 16, {"truncated": 1}), ("drop", 0, {"dropped": 1})],
+)
+def test_overlong_samples_are_treated_as_said_and_counted(overlong, kept, counts):
+    source, _ = numbered([[40, 5]])
+    with stream_of(source, convert=lambda r: to_document(r, overlong=overlong)) as stream:
+        rows = epoch_of(stream)
+        stats = stream.stats
+    tokens = [t for row in rows for a, b in row.documents for t in row.tokens[a:b].tolist()]
+    assert len(tokens) == kept + 5
+    epochs = stats.samples // 2
+    assert {name: getattr(stats, name) // epochs for name in ("split", "truncated", "dropped")} == {
+        "split": 0, "truncated": 0, "dropped": 0, **counts
+    }  # fmt: skip
+    assert stats.tokens == epochs * (kept + 5)
+
+
+def test_a_truncated_sample_without_an_answer_is_dropped_and_counted():
+    source, _ = numbered([[40, 5]])
+    late = lambda r: to_document(r, overlong="truncate", trained=lambda t: (t >= 20))
+    with stream_of(source, convert=late) as stream:
+        epoch_of(stream)
+        assert stream.stats.truncated == 0
+        assert stream.stats.dropped == stream.stats.samples // 2
+
+
+def test_overlong_is_an_error_that_names_five():
+    source, _ = numbered([[5, 40, 41], [42, 43, 44], [45, 46]])
+    with (
+        patch("zoo.core.corpus.BLOCK_RECORDS", 100),
+        pytest.raises(DataError) as caught,
+    ):
+        stream = RowStream(source, lambda r: to_document(r, overlong="error"), seq=16, seed=0)
+        stream.take(1)
+    message = str(caught.value)
+    assert message.count("tokens)") == 5
+    assert "2 more" in message
+    assert "--overlong split, truncate or drop" in message
+    assert "\n" not in message
+
+
+def test_a_sample_with_nothing_trained_is_an_error_that_names_it():
+    source, _ = numbered([[5, 6, 7]])
+    # Only the first token of the second document is marked, and nothing comes before it.
+    with (
+        stream_of(source, convert=lambda r: to_document(r, trained=lambda t: (t == 6) | (t < 5) | (t > 12))) as stream,
+        pytest.raises(DataError, match=r"0:1 \(6 tokens\): nothing in it is trained; type another --loss-on"),
+    ):
+        stream.take(1)
+
+
+def test_blank_samples_are_left_out_and_counted():
+    source, _ = numbered([[5, 0, 6, 0]])
+    with stream_of(source) as stream:
+        rows = stream.take(1)
+        assert rows[0].documents == ((0, 6), (6, 11))
+        assert stream.stats.blank == 2
+
+
+@pytest.mark.parametrize(
+    ("shards", "overlong", "says"),
+    [
+        ([], "split", "has no samples"),
+        ([[], []], "split", "has no samples"),
+        ([[0, 0]], "split", "of 2, 2 are blank"),
+        ([[40, 50], [60]], "drop", "3 longer than a row"),
+    ],
+)
+def test_a_corpus_without_rows_is_an_error_and_never_a_loop(shards, overlong, says):
+    source, _ = numbered(shards)
+    with (
+        stream_of(source, convert=lambda r: to_document(r, overlong=overlong)) as stream,
+        pytest.raises(DataError, match=says),
+    ):
+        stream.take(1)
+
+
+def test_a_changed_corpus_or_option_is_named():
+    source, _ = numbered([[5, 6]])
+    with stream_of(source, options={"loss-on": "all"}) as stream:
+        stream.take(1)
+        saved = stream.state_dict()
+    source.fingerprint = "other"
+    with (
+        stream_of(source, options={"loss-on": "last"}) as stream,
+        pytest.raises(DataError, match="corpus was same, is other; loss-on was all, is last; .*--resume never"),
+    ):
+        stream.load_state_dict(saved)
+    with stream_of(source) as stream, pytest.raises(DataError, match="version 0"):
+        stream.load_state_dict({**saved, "version": 0})
+
+
+def test_an_error_ahead_is_raised_when_its_row_is_asked_for():
+    source, _ = numbered([[16] * 3, [16] * 3, [99]])
+
+    def convert(record):
+        return to_document(record, overlong="error")
+
+    good = 0
+    with stream_of(source, seed=3, window=48, convert=convert) as stream:
+        with pytest.raises(DataError):
+            for _ in range(7):
+                stream.take(1)
+                good += 1
+        with pytest.raises(DataError):
+            stream.take(1)
+    assert good >= 3
+
+
+def test_the_next_window_is_read_ahead():
+    source, _ = numbered([[16] * 60])
+    with stream_of(source) as stream:
+        stream.take(1)
+        stream._ahead.result()
+        assert 6 <= len(source.reads) <= 12
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 70))
+def test_packing_keeps_every_length_and_no_two_bins_could_be_one(lengths, seq):
+    bins = best_fit_decreasing(lengths, seq)
+    assert sorted(i for bin in bins for i in bin) == list(range(len(lengths)))
+    sizes = sorted(sum(lengths[i] for i in bin) for bin in bins)
+    assert all(size <= seq for size in sizes)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > seq
+
+
+def test_rows_are_well_filled():
+    rng = np.random.default_rng(0)
+    source, _ = numbered([rng.integers(2, 400, 500).tolist() for _ in range(4)])
+    with stream_of(source, seq=1024, window=1 << 15) as stream:
+        epoch_of(stream)
+        assert stream.fill > 0.98

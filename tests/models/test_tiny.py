@@ -1,0 +1,162 @@
+"""The embedded tiny checkpoint is what its README says: a language model of the standard library, and a finder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from tools import tiny_text
+from zoo.core.errors import DataError
+from zoo.models.llama3.config import TINY
+from zoo.models.llama3.model import SPEC
+from zoo.testing.recall import MARKER, NeedleTokens, found, needle_row, recall
+
+
+@pytest.fixture(scope="module")
+def config():
+    return json.loads((TINY / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_file(str(TINY / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """Built from the file's config; the tied head is the embedding."""
+    built = SPEC.build(SPEC.parse(config))
+    left = built.load_state_dict(load_file(TINY / "model.safetensors"), strict=False)
+    assert left.missing_keys == ["lm_head.weight"]
+    assert left.unexpected_keys == []
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer):
+    """Encoded training files, and about 40,000 tokens of held-out ones."""
+    documents = tiny_text.stdlib_documents()
+    train = tiny_text.encode(tokenizer, [d for d in documents if not d.held_out])
+    held_out = tiny_text.encode(tokenizer, [d for d in documents if d.held_out and "encodings/" not in d.name])
+    enough = np.searchsorted(np.cumsum([len(each) for each in held_out]), 40_000) + 1
+    return train, held_out[:enough]
+
+
+def rows(tokenizer, text, length, *, count, needles=33, even=True):
+    rng = np.random.default_rng(0)
+    vocabulary = NeedleTokens.of(tokenizer)
+    for i in range(count):
+        piece = text[i * length : (i + 1) * length]
+        yield needle_row(piece, length=length, num_needles=needles, vocabulary=vocabulary, rng=rng, even=even)
+
+
+def test_held_out_loss_beats_unigram_and_bigram_clearly(model, corpus):
+    train, held_out = corpus
+    counts = tiny_text.baselines(train, held_out)
+    loss = tiny_text.held_out_loss(model, held_out, window=512)
+    assert 3.0 < counts.bigram < counts.unigram - 1
+    assert loss < counts.bigram - 0.5
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def test_needles_are_found_up_to_the_window(model, tokenizer, corpus, config, length):
+    assert length <= config["max_position_embeddings"]
+    text = np.concatenate(corpus[1])
+    assert recall(model, rows(tokenizer, text, length, count=12)) >= 0.95
+
+
+def test_recall_counts_what_is_found_and_nothing_else(tokenizer, corpus):
+    """A stand-in that knows every token scores 1, one that errs at the second answer of one question less."""
+    (row,) = rows(tokenizer, np.concatenate(corpus[1]), 512, count=1)
+
+    def oracle(tokens, wrong=None):
+        following = torch.roll(tokens, -1, dims=1)
+        if wrong is not None:
+            following[0, wrong] = 0
+        return torch.nn.functional.one_hot(following, 2048).float()
+
+    assert found(oracle, row).all()
+    missed = found(lambda tokens: oracle(tokens, wrong=row.answers[3]), row)
+    assert missed.tolist() == [i != 3 for i in range(33)]
+
+
+def test_needle_rows_have_one_answer_each_at_even_depths(tokenizer, corpus):
+    text = np.concatenate(corpus[1])
+    (row,) = rows(tokenizer, text, 1024, count=1)
+    assert len(row.tokens) == 1024
+    for answer, depth in zip(row.answers, row.depths, strict=True):
+        marker, key, *values = row.tokens[depth : depth + 4]
+        assert tokenizer.id_to_token(int(marker)) == MARKER
+        assert row.tokens[answer - 2 : answer].tolist() == [marker, key]
+        assert row.tokens[answer : answer + 2].tolist() == values
+        assert [int((row.tokens == each).sum()) for each in (key, *values)] == [2, 2, 2]
+    gaps = np.diff(np.sort(row.depths))
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_needles_that_do_not_fit_are_refused(tokenizer, corpus):
+    text = np.concatenate(corpus[1])
+    with pytest.raises(DataError, match="33 needles in 256 tokens do not fit"):
+        list(rows(tokenizer, text, 256, count=1))
+    with pytest.raises(DataError, match="take 1200 unused numbers"):
+        list(rows(tokenizer, text, 8192, count=1, needles=400))
+
+
+def test_a_tokenizer_without_the_marker_is_refused():
+    class Other:
+        def token_to_id(self, token):
+            return None if token == "007" else 1
+
+    with pytest.raises(DataError, match="no token '007'"):
+        NeedleTokens.of(Other())
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n\treturn x ** 2  # 1234567\r\n", "na\u00efve \u4f60\u597d \U0001f600\x00", "  \n\n   x\n", "007 42 9"]
+)
+def test_tokenizer_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_numbers_and_markers_are_one_token(tokenizer, config):
+    assert tokenizer.encode(f"{MARKER}007456789", add_special_tokens=False).tokens == [MARKER, "007", "456", "789"]
+    assert tokenizer.encode("x").tokens == ["<|begin_of_text|>", "x"]
+    assert tokenizer.get_vocab_size() == config["vocab_size"]
+    assert tokenizer.token_to_id("<|end_of_text|>") == config["eos_token_id"]
+
+
+def test_chat_template_renders_headers():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    messages = [{"role": "user", "content": " hi "}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_shape_allows_the_parallel_layouts(config):
+    assert config["num_hidden_layers"] >= 2
+    assert 2 <= config["num_key_value_heads"] < config["num_attention_heads"]
+
+
+def test_files_are_small_and_the_tied_head_is_stored_once():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) < 8 << 20
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "lm_head.weight" not in file.keys()
+
+
+def test_transformers_loads_it_and_agrees(model, corpus):
+    transformers = pytest.importorskip("transformers")
+    theirs, info = transformers.LlamaForCausalLM.from_pretrained(TINY, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = torch.from_numpy(corpus[1][0][None, :256])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)

@@ -1,0 +1,41 @@
+"""`zoo export`: a run as a checkpoint that others load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zoo.cli.session import Session, pass_session
+from zoo.conversion.transfer import open_checked, report, transfer
+from zoo.core.errors import UsageError
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("out", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
+@click.option("--to", "form", default="hf", show_default=True, metavar="FORM", help="form to write, see `zoo plugins`")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="type of the written weights; as stored if not given",
+)
+@pass_session
+def export(session: Session, source: str, out: Path | None, form: str, dtype: str | None) -> None:
+    """Write SRC (a run, a checkpoint of one, or a checkpoint directory) as a checkpoint that others load.
+
+    OUT defaults to the folder hf/ of the run. Nothing is overwritten; what was written is read back and compared.
+    """
+    converter = session.registry.converters.load(form)
+    target = out or _default_out(Path(source), form)
+    transfer(open_checked(source, session.registry), converter, target, dtype=dtype)
+    click.echo(f"export    {report(target)}", err=True)
+    click.echo(target)
+
+
+def _default_out(source: Path, form: str) -> Path:
+    """The run's own folder, whether the run or a checkpoint of it is named."""
+    for run in (source, source.absolute().parent.parent):
+        if (run / "checkpoints").is_dir():
+            return run / form
+    raise UsageError(f"{source} is no run, so say where to write: zoo export {source} --to {form} OUT")

@@ -1,0 +1,59 @@
+"""From an opened checkpoint to a directory of some form: checked against the family first, streamed after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.conversion.directory import CONFIG, open_directory
+from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
+from zoo.core.errors import UsageError
+from zoo.core.registry import Registry
+from zoo.core.sources import open_checkpoint
+from zoo.core.weights import check_tensors, check_tied, rule_book
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A checkpoint whose family is known, its tensors checked by name and shape and seen under the family's names."""
+
+    checkpoint: HubCheckpoint
+    spec: ModelSpec
+    config: Any
+    tensors: TensorSource
+
+
+def open_checked(source: str, registry: Registry) -> Opened:
+    """Find, open and check a checkpoint: hub id, directory, run. Raises UsageError, PluginError or DataError."""
+    checkpoint = open_checkpoint(source, registry)
+    family = registry.match_checkpoint(checkpoint.config)
+    if family is None:
+        kind = checkpoint.config.get("model_type")
+        raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
+    spec: ModelSpec = registry.models.load(family)
+    config = spec.parse(checkpoint.config)
+    book = rule_book(spec, config)
+    if checkpoint.own_names:
+        check_tensors(checkpoint.tensors, book.shapes)
+        return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=checkpoint.tensors)
+    aliases = check_tied(checkpoint.tensors, spec, config)
+    check_tensors(checkpoint.tensors, book.hub_shapes, allowed=aliases)
+    return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=book.to_ours(checkpoint.tensors))
+
+
+def transfer(opened: Opened, converter: Converter, out: Path, *, dtype: str | None = None) -> None:
+    """Write a checkpoint in another place and form, with the files that belong to it. Raises DataError."""
+    files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
+    converter.export(opened.spec, opened.config, opened.tensors, out, files=files, dtype=dtype)
+
+
+def report(out: Path) -> str:
+    """One line about a directory that was written."""
+    files: Sequence[Path] = [path for path in out.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    tensors = len(open_directory(out).tensors.names())
+    return (
+        f"{out} ({len(files)} files, {size / 2**30:.3g} GiB, {tensors} tensors) verified: names, shapes, dtypes, bytes"
+    )
