@@ -35,10 +35,10 @@ class RowMaker:
     vocabulary: NeedleTokens
     rng: np.random.Generator
 
-    def draw(self, kind: Kind, length: int, pool: int) -> TrainRow:
-        """One row that predicts `length` tokens. A string is made of the first `pool` numbers."""
+    def draw(self, kind: Kind, length: int) -> TrainRow:
+        """One row that predicts `length` tokens."""
         if kind == "string":
-            return self._string(length, pool)
+            return self._string(length)
         return self._needles(length) if kind == "needles" else self._text(length)
 
     def stream(self, length: int) -> Ids:
@@ -54,10 +54,10 @@ class RowMaker:
         nothing = np.empty(0, dtype=np.int64)
         return TrainRow(tokens=self.stream(length + 1), answers=nothing, hidden=nothing)
 
-    def _string(self, length: int, pool: int) -> TrainRow:
-        size = int(self.rng.integers(length // 4, length * 7 // 16 + 1))
+    def _string(self, length: int) -> TrainRow:
+        size = int(self.rng.integers(length // 3, length * 7 // 16 + 1))
         text = self.stream(length + 1 - 2 * size)
-        string = self.rng.permutation(self.vocabulary.numbers[:pool])[:size]
+        string = self.rng.permutation(self.vocabulary.numbers)[:size]
         first, second = np.sort(self.rng.integers(1, len(text) + 1, 2))
         tokens = np.concatenate([text[:first], string, text[first:second], string, text[second:]])
         again = second + size

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from zoo.models.llama3.model import SPEC
 from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
 
 RANKS = 2
-PEAK_LR, FINAL_LR, WARM_UP_STEPS = 6e-3, 0.05, 50
+REPORT_EVERY = 25
+PEAK_LR, FINAL_LR, WARM_UP_STEPS = 4e-3, 0.05, 50
 EMBEDDING_STD, PROJECTION_STD = 0.02, 0.05
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 NEEDLES = 33
@@ -55,22 +56,22 @@ class Stage:
     steps: int
     rows: int
     share: float = 1.0
-    pool: int = 1000
-    """How many of the 1,000 numbers strings are made of."""
+    until: float = 0.0
+    """Ends the stage early, once the answers' mean loss over 25 steps is below it."""
     answers: float = 1.0
     text: float = 0.1
 
 
-# Without the strings first, needles are not learned at all in this many steps; and few numbers first, for the same
-# reason: to copy one of 64 is soon learned, to find *which* follows from it.
-STAGES = (
-    Stage(kind="string", length=32, rows=64, steps=200, pool=64),
-    Stage(kind="string", length=64, rows=32, steps=150, pool=128),
-    Stage(kind="string", length=64, rows=64, steps=150),
-    Stage(kind="string", length=128, rows=32, steps=150),
-    Stage(kind="string", length=256, rows=16, steps=100),
-    Stage(kind="needles", length=128, rows=32, steps=100),
-    Stage(kind="needles", length=256, rows=16, steps=100),
+# Without short strings first, needles are not learned at all in this many steps: at 32 tokens a copy is learned in a
+# few hundred steps, at 64 not in a thousand.
+LESSONS = (
+    Stage(kind="string", length=32, rows=64, steps=1500, until=0.5),
+    Stage(kind="string", length=64, rows=32, steps=600, until=0.5),
+    Stage(kind="string", length=128, rows=24, steps=300, until=0.5),
+    Stage(kind="needles", length=128, rows=32, steps=300, until=0.5),
+    Stage(kind="needles", length=256, rows=16, steps=300, until=0.5),
+)
+PRACTICE = (
     Stage(kind="needles", length=512, rows=12, steps=500, share=1 / 3, answers=0.5, text=1.0),
     Stage(kind="needles", length=1024, rows=8, steps=300, share=1 / 4, answers=0.5, text=1.0),
 )
@@ -118,7 +119,7 @@ def build_model(seed: int) -> nn.Module:
     return model
 
 
-def labels_of(rows: Sequence[TrainRow], stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def labels_of(rows: Sequence[TrainRow], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [B, T], labels [B, T] with IGNORE where nothing counts, and which of them are answers."""
     whole = np.stack([row.tokens for row in rows])
     labels, answers = whole.copy(), np.zeros(whole.shape, dtype=bool)
@@ -139,9 +140,9 @@ def losses(model: nn.Module, tokens: Tensor, labels: Tensor, answers: Tensor) ->
     return each[is_answer].mean(), each[~is_answer].mean()
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to 5 %."""
-    cosine = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def learning_rate(step: int, practised: float) -> float:
+    """Linear warm-up, the peak through all lessons, then a cosine down to 5 % over the practice (0 to 1)."""
+    cosine = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * practised))
     return PEAK_LR * min((step + 1) / WARM_UP_STEPS, cosine)
 
 
@@ -157,47 +158,59 @@ def sum_gradients(model: nn.Module) -> None:
 class Trainer:
     """The model, its optimizer and this rank's half of every batch."""
 
-    def __init__(self, corpus: Corpus, *, seed: int, steps: int) -> None:
+    def __init__(self, corpus: Corpus, *, seed: int) -> None:
         self.rank = dist.get_rank()
-        self.steps, self.step, self.tokens = steps, 0, 0
+        self.step, self.tokens = 0, 0
         self.rows = corpus.rows(corpus.train, seed)
         self.model = build_model(seed)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
         self.start = time.monotonic()
-        self.seen: list[tuple[float, float]] = []
 
-    def run(self, stage: Stage) -> None:
-        """All steps of a stage. Both ranks draw the whole batch, so that one generator fixes it, and keep half."""
+    def run(self, stage: Stage, *, before: float = 0.0, after: float = 0.0) -> None:
+        """A stage, as the part of the practice from `before` to `after`."""
+        seen: list[Tensor] = []
+        for i in range(stage.steps):
+            seen.append(self.gradients(stage))
+            self.update(before + (after - before) * i / stage.steps)
+            if len(seen) == REPORT_EVERY:
+                answers, text = self.mean(seen)
+                self.report(stage, answers, text)
+                seen.clear()
+                if answers < stage.until:
+                    return
+
+    def gradients(self, stage: Stage) -> Tensor:
+        """Those of one batch; returns its losses. Both ranks draw all of it, so that one generator fixes it."""
         mixed = round(stage.rows * stage.share)
-        for _ in range(stage.steps):
-            rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length, stage.pool) for i in range(stage.rows)]
-            rng = np.random.default_rng((self.step, self.rank))
-            tokens, labels, answers = labels_of(rows[self.rank :: RANKS], stage, rng)
-            known, text = losses(self.model, tokens, labels, answers)
-            (stage.answers * known + stage.text * text).backward()
-            self.update()
-            self.tokens += RANKS * tokens.numel()
-            self.report(stage, known.item(), text.item())
+        rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length) for i in range(stage.rows)]
+        rng = np.random.default_rng((self.step, self.rank))
+        tokens, labels, is_answer = labels_of(rows[self.rank :: RANKS], rng)
+        answers, text = losses(self.model, tokens, labels, is_answer)
+        (stage.answers * answers + stage.text * text).backward()
+        self.tokens += RANKS * tokens.numel()
+        return torch.stack([answers, text]).detach()
 
-    def update(self) -> None:
+    def update(self, practised: float) -> None:
         sum_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps)
+            group["lr"] = learning_rate(self.step, practised)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
 
-    def report(self, stage: Stage, known: float, text: float) -> None:
-        """A line every 25 steps, of this rank's rows."""
-        self.seen.append((known, text))
-        if self.step % 25 == 0 and self.rank == 0:
-            mean = np.mean(self.seen, axis=0)
-            where = f"{time.monotonic() - self.start:5.0f} s  step {self.step}/{self.steps}  {stage.kind} {stage.length}"
-            say(f"{where}  answers {mean[0]:.3f}  text {mean[1]:.3f}")
-            self.seen.clear()
+    def mean(self, seen: Sequence[Tensor]) -> list[float]:
+        """Over both ranks, so that both end a stage at the same step."""
+        total = torch.stack(list(seen)).mean(0) / RANKS
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def report(self, stage: Stage, answers: float, text: float) -> None:
+        where = f"{time.monotonic() - self.start:5.0f} s  step {self.step}  {stage.kind} {stage.length}"
+        if self.rank == 0:
+            say(f"{where}  answers {answers:.3f}  text {text:.3f}")
 
     @property
     def minutes(self) -> float:
@@ -255,13 +268,12 @@ def write(out: Path, trainer: Trainer, corpus: Corpus, *, seed: int, rows: int =
     """Write the directory, whole each time. Tied embeddings are stored once, as the hub does."""
     figures = measure(trainer, corpus, seed=seed, rows=rows)
     out.mkdir(parents=True, exist_ok=True)
-    ids: dict[str, Any] = {
-        name: corpus.tokenizer.token_to_id(token)
-        for name, token in (("bos", tiny_text.BOS), ("eos", tiny_text.EOS), ("pad", tiny_text.PAD), ("eot", tiny_text.EOT))
-    }
+    markers = {"bos": tiny_text.BOS, "eos": tiny_text.EOS, "pad": tiny_text.PAD, "eot": tiny_text.EOT}
+    ids: dict[str, Any] = {name: corpus.tokenizer.token_to_id(token) for name, token in markers.items()}
     tensors = {name: p.detach().clone().contiguous() for name, p in trainer.model.named_parameters()}
     tensors.pop("lm_head.weight", None)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     tiny_text.write_tokenizer(corpus.tokenizer, out, window=tiny_card.WINDOW)
     tiny_card.write_config(out, **ids)
     tiny_card.write_readme(out, figures)
@@ -278,13 +290,21 @@ def work(rank: int, rendezvous: str, out: Path, seed: int, scale: float) -> None
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     corpus = Corpus.read()
-    stages = [replace(stage, steps=max(1, round(stage.steps * scale))) for stage in STAGES]
-    trainer = Trainer(corpus, seed=seed, steps=sum(stage.steps for stage in stages))
-    for stage in stages:
+    lessons, practice = ([shortened(stage, scale) for stage in stages] for stages in (LESSONS, PRACTICE))
+    trainer = Trainer(corpus, seed=seed)
+    for stage in lessons:
         trainer.run(stage)
-        if rank == 0 and (stage is stages[0] or stage.share < 1):
-            write(out, trainer, corpus, seed=seed, rows=64 if stage is stages[-1] else 4)
+    done, total = 0, sum(stage.steps for stage in practice)
+    for stage in practice:
+        trainer.run(stage, before=done / total, after=(done + stage.steps) / total)
+        done += stage.steps
+        if rank == 0:
+            write(out, trainer, corpus, seed=seed, rows=64 if done == total else 4)
     dist.destroy_process_group()
+
+
+def shortened(stage: Stage, scale: float) -> Stage:
+    return replace(stage, steps=max(1, round(stage.steps * scale)))
 
 
 def main() -> None:

@@ -38,7 +38,9 @@ SPECIAL = {
 }
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "mistral": MISTRAL}
 
-TEXT = ["What is the capital of France? Paris is. Hello there, how are you today? user assistant system [INST] [/INST]"] * 3
+TEXT = [
+    "What is the capital of France? Paris is. Hello there, how are you today? user assistant system [INST] [/INST]"
+] * 3
 
 
 def write_tokenizer(folder: Path, family: str, *, template: str | None = "") -> Path:
@@ -46,7 +48,7 @@ def write_tokenizer(folder: Path, family: str, *, template: str | None = "") -> 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(_sentencepiece() if family == "mistral" else _byte_level(family))
     bos, eos, *_ = SPECIAL[family]
-    config = {"bos_token": None if family == "chatml" else bos, "eos_token": {"content": eos, "special": True}}
+    config = {"bos_token": None if family == "chatml" else bos, "eos_token": {"content": eos, "__type": "AddedToken"}}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if template is not None:
         config["chat_template"] = template or TEMPLATES[family]

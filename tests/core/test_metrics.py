@@ -16,13 +16,14 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     file = MetricsFile(path, first_step=3)
     for step in (3, 4):
         file.write({"step": step, "loss": 0.1 + 0.2})
-    file.close()
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] == 0.1 + 0.2
 
 
-@pytest.mark.parametrize(("text", "count"), [("64k", 65536), ("1M", 1 << 20), ("1000", 1000), ("1.5k", 1536), (512, 512)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("64k", 65536), ("1M", 1 << 20), ("1000", 1000), ("1.5k", 1536), (512, 512)]
+)
 def test_tokens_are_read_in_powers_of_two(text, count):
     assert parse_tokens(text) == count
 

@@ -92,7 +92,7 @@ def test_a_name_that_only_a_broken_plugin_would_give_says_so_by_the_plugins_name
         found.models.get("mamba")
     assert str(error.value) == (
         "model 'mamba' would come from plugin mamba (zoo-mamba 1.0), which is broken: "
-        "ModuleNotFoundError: No module named 'causal_conv1d'. Next: zoo plugins info mamba"
+        "ModuleNotFoundError: No module named 'causal_conv1d' (zoo plugins info mamba)"
     )
 
 

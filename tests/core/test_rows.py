@@ -139,24 +139,18 @@ def test_resumed_rows_equal_the_uninterrupted_ones(shards, seq, seed, stop, take
 
 def test_a_resumed_stream_reads_carried_pieces_again():
     source, _ = numbered([[9, 5, 20, 9, 3, 9, 30, 9, 9, 7] * 4])
+    with stream_of(source) as whole:
+        expected = key(whole.take(33))
     carried = 0
     with stream_of(source) as whole:
-        for _ in range(30):
+        for at in range(30):
             saved = json.loads(json.dumps(whole.state_dict()))
             carried += bool(saved["cursor"]["carried"])
             with stream_of(source) as other:
                 other.load_state_dict(saved)
-                assert key(other.take(3)) == key_of_next(source, saved, 3)
+                assert key(other.take(3)) == expected[at : at + 3]
             whole.take(1)
     assert carried > 5
-
-
-def key_of_next(source, saved, count):
-    """The rows after a position, from a stream that came there without stopping."""
-    with stream_of(source) as fresh:
-        while fresh.state_dict() != saved:
-            fresh.take(1)
-        return key(fresh.take(count))
 
 
 def test_state_is_small_and_independent_of_the_corpus():
@@ -198,7 +192,7 @@ def test_overlong_samples_are_treated_as_said_and_counted(overlong, kept, counts
 
 def test_a_truncated_sample_without_an_answer_is_dropped_and_counted():
     source, _ = numbered([[40, 5]])
-    late = lambda r: to_document(r, overlong="truncate", trained=lambda t: (t >= 20))
+    late = lambda r: to_document(r, overlong="truncate", trained=lambda t: t >= 20)
     with stream_of(source, convert=late) as stream:
         epoch_of(stream)
         assert stream.stats.truncated == 0
@@ -272,13 +266,13 @@ def test_a_changed_corpus_or_option_is_named():
 
 
 def test_an_error_ahead_is_raised_when_its_row_is_asked_for():
-    source, _ = numbered([[16] * 3, [16] * 3, [99]])
+    source, _ = numbered([[16, 16, 16, 16, 16, 16, 99]])
 
     def convert(record):
         return to_document(record, overlong="error")
 
     good = 0
-    with stream_of(source, seed=3, window=48, convert=convert) as stream:
+    with stream_of(source, convert=convert) as stream:
         with pytest.raises(DataError):
             for _ in range(7):
                 stream.take(1)

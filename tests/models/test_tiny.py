@@ -116,7 +116,8 @@ def test_a_tokenizer_without_the_marker_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["def f(x):\n\treturn x ** 2  # 1234567\r\n", "na\u00efve \u4f60\u597d \U0001f600\x00", "  \n\n   x\n", "007 42 9"]
+    "text",
+    ["def f(x):\n\treturn x ** 2  # 1234567\r\n", "na\u00efve \u4f60\u597d \U0001f600\x00", "  \n\n   x\n", "007 42 9"],
 )
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -149,7 +150,7 @@ def test_files_are_small_and_the_tied_head_is_stored_once():
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 8 << 20
     with safe_open(TINY / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert "lm_head.weight" not in file.keys()
+    assert "lm_head.weight" not in load_file(TINY / "model.safetensors")
 
 
 def test_transformers_loads_it_and_agrees(model, corpus):

@@ -99,10 +99,12 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         last = max(self.steps(), default=None)
         kept = f"step-{last} is intact" if last is not None else "no earlier checkpoint exists"
-        free = shutil.disk_usage(self.root).free / 2**30
+        free = shutil.disk_usage(self.root).free
+        # What torch says of a short write names no cause, and a full disk is the usual one.
+        why = "the disk is full" if free < 1 << 20 else f"{' '.join(reason.split())} ({free / 2**30:.1f} GiB free)"
         return DataError(
-            f"saving {self.root}/{unfinished.name.removeprefix('.unfinished-')} failed: {reason} "
-            f"({free:.1f} GiB free). Nothing was lost: {kept}. Free some space and type the same command again"
+            f"saving {self.root}/{unfinished.name.removeprefix('.unfinished-')} failed: {why}. "
+            f"Nothing was lost: {kept}. Free some space and type the same command again"
         )
 
 

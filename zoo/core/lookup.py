@@ -130,7 +130,7 @@ class Lookup(Generic[E]):
     def _unknown(self, name: str) -> ZooError:
         absent = would_provide(name, self._plugins.statuses)
         if absent:
-            more = "" if absent.status == "blocked" else f". Next: zoo plugins info {absent.name}"
+            more = "" if absent.status == "blocked" else f" (zoo plugins info {absent.name})"
             return PluginError(
                 f"{self.noun} '{name}' would come from plugin {absent.label}, "
                 f"which is {absent.status}: {absent.reason}{more}"

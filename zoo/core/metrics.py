@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -102,15 +103,20 @@ class MetricsFile:
         fresh = path.with_suffix(".jsonl.new")
         fresh.write_text("".join(line + "\n" for line in kept))
         fresh.replace(path)
-        self._file = path.open("a")
+        self._path = path
+        self._backlog = ""
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Append a line. On a full disk it is kept, and written with the next one that can be: no reason to stop."""
+        self._backlog += json.dumps(dict(metrics)) + "\n"
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("a") as file:
+                file.write(self._backlog)
+            self._backlog = ""
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -114,15 +114,20 @@ class RowStream:
         return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
 
     def _next(self) -> tuple[Piece, ...]:
-        if self._window is not None and self._row == len(self._window.rows):
-            self._before += self._window.stats
-            self._cursor, self._row = self._window.next, 0
-            self._window = None
+        window = self._current()
+        if self._row == len(window.rows):
+            self._before += window.stats
+            self._cursor, self._row, self._window = window.next, 0, None
+            window = self._current()
+        self._row += 1
+        return window.rows[self._row - 1]
+
+    def _current(self) -> Window:
+        """The window of the cursor; the one after it is begun."""
         if self._window is None:
             self._window = self._ahead.result() if self._ahead is not None else self._windows.filled(self._cursor, None)
             self._ahead = self._reader.submit(self._windows.filled, self._window.next, self._window.carried)
-        self._row += 1
-        return self._window.rows[self._row - 1]
+        return self._window
 
 
 def open_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 
 def normalised(name: str) -> str:
@@ -13,12 +13,13 @@ def normalised(name: str) -> str:
 
 
 def near(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Up to `limit` known names that a typing error, a short form or another spelling turns into `name`, best first."""
-    spelled = {normalised(one): one for one in sorted(known)}
+    """Known names that a typing error or another spelling turns into `name`, best first; else those it is a part of."""
     wanted = normalised(name)
-    close = get_close_matches(wanted, spelled, n=limit, cutoff=0.6)
-    parts = [one for one in spelled if len(wanted) > 2 and (wanted in one or (len(one) > 2 and one in wanted))]
-    return [spelled[one] for one in dict.fromkeys([*close, *parts])][:limit]
+    ratios = {one: SequenceMatcher(a=wanted, b=normalised(one)).ratio() for one in sorted(known)}
+    least = max(0.6, max(ratios.values(), default=0.0) - 0.1)
+    close = sorted((one for one in ratios if ratios[one] >= least), key=lambda one: -ratios[one])
+    parts = [one for one in ratios if len(wanted) > 2 and wanted in normalised(one)]
+    return (close or parts)[:limit]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -306,7 +306,6 @@ class _Voice:
     def ended(self, error: BaseException | None) -> None:
         if self.observers is None or self.file is None:
             return
-        self.file.close()
         for tracker in self.trackers:
             tracker.close()
         if error is None or isinstance(error, SavedOnSignal):

@@ -4,8 +4,12 @@ B rows, T query tokens, S key tokens, N query heads, G key/value heads, R = N //
 """
 
 import torch
+from torch import Tensor
 
 from zoo.core.attention.kernel import RectangleBackend
+from zoo.core.contracts import AttentionProblem
+
+Tensors = tuple[Tensor, ...]
 
 
 class Fp64(RectangleBackend):
@@ -13,16 +17,18 @@ class Fp64(RectangleBackend):
 
     name = "fp64"
 
-    def supports(self, problem):
+    def supports(self, problem: AttentionProblem) -> str | None:
         return None if problem.device in ("cpu", "cuda") else f"{problem.device} has no float64"
 
-    def rectangle_forward(self, q, k, v, *, causal, scale):
+    def rectangle_forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensors:
         scores = _scores(q, k, causal, scale)
         lse = scores.logsumexp(-1, keepdim=True)
         out = (scores - lse).exp() @ _shared(v)
         return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
 
-    def rectangle_backward(self, dout, q, k, v, out, lse, *, causal, scale):
+    def rectangle_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    ) -> Tensors:
         queries, dout, out = (_grouped(x, k) for x in (q, dout, out))
         weights = (_scores(q, k, causal, scale) - _grouped(lse.unsqueeze(-1), k)).exp()
         dweights = dout @ _shared(v).mT - (dout * out).sum(-1, keepdim=True)
@@ -31,17 +37,17 @@ class Fp64(RectangleBackend):
         return dq.flatten(1, 2), (dscores.mT @ queries).sum(2), (weights.mT @ dout).sum(2)
 
 
-def _grouped(x, k):
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """`[B, N, T, H]` as `[B, G, R, T, H]`: the R heads that read one key/value head."""
     return x.double().unflatten(1, (k.shape[1], -1))
 
 
-def _shared(x):
+def _shared(x: Tensor) -> Tensor:
     """`[B, G, S, H]` as `[B, G, 1, S, H]`."""
     return x.double().unsqueeze(2)
 
 
-def _scores(q, k, causal, scale):
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     scores = _grouped(q, k) @ _shared(k).mT * scale
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -1,9 +1,11 @@
 """A family of its own: single-device torch code, and what the engine must know about it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo.core.contracts import ModelSpec, ParallelPlan
@@ -27,33 +29,33 @@ class PicoConfig:
     max_position_embeddings: int
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
-def parse(config):
-    """Raises DataError for a field that is missing its type or range."""
+def parse(config: Mapping[str, Any]) -> PicoConfig:
+    """Raises DataError for a field of the wrong type or out of range."""
     fields = Fields(config)
     return PicoConfig(**{name: fields.integer(name, 1, high=1 << 20) for name in PicoConfig.__dataclass_fields__})
 
 
-def hub_config(config):
+def hub_config(config: PicoConfig) -> dict[str, Any]:
     return {"model_type": "pico", **asdict(config)}
 
 
 class SquaredReLU(nn.Module):
     """down(relu(up(h)) ** 2)"""
 
-    def __init__(self, hidden_size):
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
         self.down_proj = nn.Linear(4 * hidden_size, hidden_size, bias=False)
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         return self.down_proj(functional.relu(self.up_proj(h)).square())
 
 
-def _layer(config):
+def _layer(config: PicoConfig) -> DecoderLayer:
     return DecoderLayer(
         self_attn=Attention(
             hidden_size=config.hidden_size,
@@ -68,7 +70,7 @@ def _layer(config):
     )
 
 
-def build(config):
+def build(config: PicoConfig) -> CausalLM:
     decoder = Decoder(
         embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
         num_layers=config.num_hidden_layers,
@@ -83,11 +85,11 @@ def build(config):
     return model
 
 
-def init_buffers(model, _config):
+def init_buffers(model: nn.Module, _config: PicoConfig) -> None:
     model.model.rotary_emb.reset_buffers()
 
 
-def plan(_config):
+def plan(_config: PicoConfig) -> ParallelPlan:
     layer = "model.layers.*"
     return ParallelPlan(
         block=layer,
@@ -102,7 +104,7 @@ def plan(_config):
     )
 
 
-def flops_per_token(config, mean_visible_keys):
+def flops_per_token(config: PicoConfig, mean_visible_keys: float) -> float:
     width, layers = config.hidden_size, config.num_hidden_layers
     keys = config.num_key_value_heads * config.head_dim
     weights = layers * (2 * width * width + 2 * width * keys + 8 * width * width) + config.vocab_size * width

@@ -1,7 +1,9 @@
 """What this package offers. Imports no torch: the targets do, when they are used."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from zoo import hookimpl
 from zoo.core.contracts import AttentionEntry, ModelEntry
@@ -11,7 +13,7 @@ TINY = Path(__file__).parent / "tiny"
 
 
 @hookimpl
-def zoo_register_models():
+def zoo_register_models() -> list[ModelEntry]:
     return [
         ModelEntry(
             name="pico",
@@ -27,10 +29,10 @@ def zoo_register_models():
 
 
 @hookimpl
-def zoo_match_checkpoint(config):
+def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
     return "pico" if config.get("model_type") == "pico" else None
 
 
 @hookimpl
-def zoo_register_attention():
+def zoo_register_attention() -> list[AttentionEntry]:
     return [AttentionEntry(name="fp64", target="zoo_pico.kernel:Fp64", help="Float64 arithmetic for any input")]

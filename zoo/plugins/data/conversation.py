@@ -69,7 +69,7 @@ class Conversation:
 
 
 def checked_messages(value: Any, *, column: str, where: object) -> list[Mapping[str, Any]]:
-    """The messages of a column. Raises DataError unless it is a list of objects that each have a role."""
+    """The messages of a column. Raises DataError unless each is an object with a role and a content or tool calls."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: column {column} must be a list of messages, not {_described(value)}")
     for number, message in enumerate(value, start=1):
@@ -77,6 +77,11 @@ def checked_messages(value: Any, *, column: str, where: object) -> list[Mapping[
             raise DataError(
                 f"{where}: message {number} of column {column} must be an object with a role and a content, "
                 f"not {_described(message)}"
+            )
+        # To a template, what is missing is an empty string: such a message would be trained on as if it said nothing.
+        if "content" not in message and "tool_calls" not in message:
+            raise DataError(
+                f"{where}: message {number} of column {column} has no content, only {', '.join(sorted(message))}"
             )
     return value
 

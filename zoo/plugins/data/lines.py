@@ -69,7 +69,7 @@ def _first_line(file: BinaryIO, start: int, stop: int) -> int:
 
 def _fields(line: bytes, where: Line) -> dict[str, Any]:
     try:
-        value = json.loads(line.removeprefix(_BOM).decode("utf-8"))
+        value = json.loads(line.removeprefix(_BOM).rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         at = where.start + error.start
         raise DataError(f"{where}: byte {at} of the file is not UTF-8; save it as UTF-8") from None

@@ -56,7 +56,8 @@ def _cut(file: BinaryIO, at: int, size: int) -> int:
     newline = ahead.find(b"\n")
     if newline >= 0:
         return at + newline + 1
-    inside = next((i for i, byte in enumerate(ahead[:4]) if byte & 0xC0 != 0x80), 0)
+    rest = ahead[:4]
+    inside = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
     return at + inside
 
 

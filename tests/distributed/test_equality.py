@@ -1,0 +1,42 @@
+"""The same command under another layout is the same function: loss and gradient norm of real runs, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.command import train
+
+JOB = ("llama3", "--seq", "1k", "--dtype", "float64", "--steps", "4", "--seed", "0")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("single") / "run", *JOB, "--global-batch", "2")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("scheme", ["ring", "allgather"])
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_context_parallel_runs_equal_one_process(cp, scheme, single, tmp_path):
+    run = train(tmp_path / "run", *JOB, "--global-batch", "2", "--cp", cp, "--cp-scheme", scheme)
+    assert_same(run, single)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", [("--dp-shard", 2), ("--dp-shard", 2, "--cp", 2, "--memory", "full")])
+def test_data_parallel_runs_equal_one_process(layout, single, tmp_path):
+    run = train(tmp_path / "run", *JOB, "--global-batch", "2", *layout)
+    assert_same(run, single)
+
+
+def test_microbatches_do_not_matter(single, tmp_path):
+    run = train(tmp_path / "run", *JOB, "--global-batch", "2", "--set", "data.micro_batch=2", "--memory", "full")
+    assert_same(run, single)
+
+
+def assert_same(run, single):
+    assert [row["step"] for row in run] == [1, 2, 3, 4]
+    for row, wanted in zip(run, single, strict=True):
+        assert row["trained_tokens"] == wanted["trained_tokens"]
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-9), (row["step"], key)

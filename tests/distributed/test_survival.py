@@ -1,0 +1,110 @@
+"""Runs that are killed, stopped, or out of disk: nothing finished is lost and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+
+from tests.command import start, train, zoo
+from zoo.core.checkpoint import Checkpoints
+from zoo.core.metrics import read_metrics
+
+JOB = ("llama3", "--seq", "256", "--cp", "2", "--steps", "40", "--save-every", "1")
+KILLS = 10
+
+
+def losses(rows):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return losses(train(tmp_path_factory.mktemp("undisturbed") / "run", *JOB))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ten_killed_workers_leave_no_trace_in_the_losses(undisturbed, tmp_path):
+    run, chance = tmp_path / "run", random.Random(0)
+    for _ in range(KILLS):
+        already = max(Checkpoints(run, keep=1).steps(), default=0)
+        process = start("finetune", *JOB, "--out", run)
+        victims = wait_for_workers(process, run, already)
+        # Saving takes most of a step here, so random moments fall into saves too.
+        time.sleep(chance.uniform(0, 0.5))
+        os.kill(chance.choice(victims), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        if process.returncode == 0:  # it was faster than the kill
+            break
+        assert process.returncode == 1, err
+        assert "was killed by SIGKILL" in err
+        assert "Traceback" not in err
+    zoo("finetune", *JOB, "--out", run)
+    assert losses(read_metrics(run / "metrics.jsonl")) == undisturbed
+
+
+@pytest.mark.dist
+def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start("finetune", *JOB, "--out", run)
+    wait_for_workers(process, run, 0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "the same command goes on" in err
+    saved = Checkpoints(run, keep=1).steps()
+    assert saved[-1] == len(read_metrics(run / "metrics.jsonl"))
+    _, err = zoo("finetune", *JOB, "--out", run)
+    assert f"from step {saved[-1]} of 40" in err
+    assert losses(read_metrics(run / "metrics.jsonl")) == undisturbed
+    _, err = zoo("finetune", *JOB, "--out", run)
+    assert "all 40 steps already" in err
+
+
+@pytest.mark.dist
+def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
+    run = tmp_path / "run"
+    job = ("finetune", "llama3", "--seq", "256", "--save-every", "1", "--out", run)
+    zoo(*job, "--steps", "2")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        _, err = zoo(*job, "--steps", "4", status=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "The run goes on" in err  # step 3 was not the last
+    assert "step-2 is intact" in err
+    assert "Traceback" not in err
+    assert Checkpoints(run, keep=1).steps() == [1, 2]
+    _, err = zoo(*job, "--steps", "4")
+    assert "from step 2 of 4" in err
+
+
+def wait_for_workers(process, run, already):
+    """Process ids of the ranks, once the run got further than where it began."""
+    deadline = time.monotonic() + 120
+    while max(Checkpoints(run, keep=1).steps(), default=0) <= already:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.02)
+    return [int(pid) for pid in children(process.pid)]
+
+
+def children(pid):
+    """Worker processes below a launcher."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as stat, open(f"/proc/{entry}/cmdline") as command:
+                    parent, line = int(stat.read().rpartition(")")[2].split()[1]), command.read()
+            except (OSError, ValueError):
+                continue
+            if parent == pid and "zoo.core.worker" in line:
+                found.append(entry)
+    return found

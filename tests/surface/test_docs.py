@@ -1,0 +1,73 @@
+"""docs/hooks.md is complete and true: every hook with its exact signature, and an example that the loader accepts."""
+
+import ast
+import re
+import types
+from pathlib import Path
+
+import pluggy
+import pytest
+
+from zoo.core import hookspecs
+from zoo.core.plugin_checks import HOOKS, gathered_entries, implemented_hooks
+from zoo.core.plugins import Plugins
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "hooks.md").read_text()
+SECTIONS = {match[1]: match[2] for match in re.finditer(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S)}
+
+
+def signatures():
+    """Hook to its signature, as hookspecs.py writes it."""
+    tree = ast.parse(Path(hookspecs.__file__).read_text())
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}" for node in found}
+
+
+def blocks(text):
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def manager():
+    found = pluggy.PluginManager("zoo")
+    found.add_hookspecs(hookspecs)
+    return found
+
+
+def test_the_page_has_a_section_for_each_hook_in_the_same_order():
+    assert list(SECTIONS) == list(HOOKS)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_section_gives_the_exact_signature(hook):
+    assert f"`{signatures()[hook]}`" in " ".join(SECTIONS[hook].split())
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_section_has_an_example_that_the_loader_accepts(hook):
+    (example,) = blocks(SECTIONS[hook])
+    plugin = types.ModuleType("example")
+    exec(compile(example, f"docs/hooks.md, {hook}", "exec"), plugin.__dict__)
+    hooks = implemented_hooks(manager(), plugin)
+    assert hook in hooks
+    if hook.startswith("zoo_register_"):
+        assert gathered_entries(hooks)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_exists_only_with_a_plugin_that_uses_it(hook):
+    assert Plugins.load(only=[]).implementations(hook), f"no plugin of this repository implements {hook}"
+
+
+def test_the_python_of_the_plugin_guide_is_valid():
+    found = blocks((ROOT / "docs" / "plugins.md").read_text())
+    assert found
+    for number, block in enumerate(found):
+        compile(block, f"docs/plugins.md, block {number}", "exec")
+
+
+def test_the_kernel_of_the_plugin_guide_is_the_one_of_the_example():
+    kernel = (ROOT / "examples" / "zoo-pico" / "zoo_pico" / "kernel.py").read_text()
+    assert len(kernel.splitlines()) < 60
+    assert kernel in blocks((ROOT / "docs" / "plugins.md").read_text())
