@@ -44,10 +44,10 @@ class RowMaker:
     def stream(self, length: int) -> Ids:
         """Text of some documents end to end; half of the rows begin where a document does, half within one."""
         sizes = np.array([len(document) for document in self.documents], dtype=np.float64)
-        first = self.documents[self.rng.choice(len(sizes), p=sizes / sizes.sum())]
+        first = self.documents[int(self.rng.choice(len(sizes), p=sizes / sizes.sum()))]
         pieces = [first if self.rng.random() < 0.5 else first[self.rng.integers(len(first) - 1) :]]
         while sum(map(len, pieces)) < length:
-            pieces.append(self.documents[self.rng.integers(len(self.documents))])
+            pieces.append(self.documents[int(self.rng.integers(len(self.documents)))])
         return np.concatenate(pieces)[:length]
 
     def _text(self, length: int) -> TrainRow:

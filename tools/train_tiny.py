@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from tools import tiny_card, tiny_text
 from tools.tiny_rows import Kind, RowMaker, TrainRow
 from zoo.core.contracts import IGNORE
+from zoo.models.common.decoder import CausalLM
 from zoo.models.llama3.model import SPEC
 from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
 
@@ -108,9 +109,9 @@ class Corpus:
 # Training -----------------------------------------------------------------------------------------
 
 
-def build_model(seed: int) -> nn.Module:
+def build_model(seed: int) -> CausalLM:
     """The zoo's own Llama. Every matrix is drawn here, by sorted name, so that the seed alone fixes the start."""
-    model: nn.Module = SPEC.build(SPEC.parse(tiny_card.CONFIG))
+    model = cast("CausalLM", SPEC.build(SPEC.parse(tiny_card.CONFIG)))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 2:
@@ -131,7 +132,7 @@ def labels_of(rows: Sequence[TrainRow], rng: np.random.Generator) -> tuple[Tenso
     return torch.from_numpy(whole[:, :-1]), torch.from_numpy(labels[:, 1:]), torch.from_numpy(answers[:, 1:])
 
 
-def losses(model: nn.Module, tokens: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+def losses(model: CausalLM, tokens: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of the answers and of the text. The head sees only rows that count."""
     used = labels != IGNORE
     hidden = model.model(tokens, None, None)[used]
@@ -146,12 +147,12 @@ def learning_rate(step: int, practised: float) -> float:
     return PEAK_LR * min((step + 1) / WARM_UP_STEPS, cosine)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """One all-reduce of the mean gradient."""
+def average_gradients(model: nn.Module) -> None:
+    """Over both ranks, in one all-reduce."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / RANKS
     dist.all_reduce(flat)
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
 
 
@@ -193,7 +194,7 @@ class Trainer:
         return torch.stack([answers, text]).detach()
 
     def update(self, practised: float) -> None:
-        sum_gradients(self.model)
+        average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, practised)
@@ -220,7 +221,7 @@ class Trainer:
 # Measuring ----------------------------------------------------------------------------------------
 
 
-def recall_at(model: nn.Module, corpus: Corpus, length: int, *, rows: int) -> float:
+def recall_at(model: CausalLM, corpus: Corpus, length: int, *, rows: int) -> float:
     """Recall in held-out text with needles at even depths."""
     maker = corpus.rows(corpus.held_out, length)
     drawn = [

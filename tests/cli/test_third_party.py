@@ -77,7 +77,11 @@ def test_every_package_is_listed_with_its_version_state_and_reason(crowd):
         assert found[name]["dist"] == f"zoo-{name}"
     assert found["fails-import"]["version"] == "0.4.0"
     assert found["pico"]["status"] == "ok"
-    assert [(e["kind"], e["name"]) for e in found["pico"]["provides"]] == [("models", "pico"), ("attention", "fp64")]
+    assert [(e["kind"], e["name"]) for e in found["pico"]["provides"]] == [
+        ("models", "pico"),
+        ("attention", "fp64"),
+        ("commands", "compare-attn"),
+    ]
     assert found["clash"]["status"] == "ok"
     assert all(row["status"] == "ok" for row in found.values() if row["dist"] == "zoo")
 
@@ -143,6 +147,15 @@ def test_zoo_plugins_leaves_only_those_it_names(crowd):
     done = crowd.zoo("models", ZOO_PLUGINS="pico")
     assert done.stderr == ""
     assert "zoo-pico" in done.stdout
+
+
+def test_the_command_of_the_good_one_runs_and_its_kernel_agrees_with_ours(good):
+    assert "compare-attn  Say how far two attention backends are apart." in good.zoo("--help").stdout
+    done = good.zoo("compare-attn", "dense", "fp64")
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert set(found) == {"out", "lse", "dq", "dk", "dv"}
+    assert all(float(difference) < 1e-4 for difference in found.values())
 
 
 @pytest.mark.dist

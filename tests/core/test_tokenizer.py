@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: plain text stays plain, templates render as the hub's renderer does, files fail in one line."""
+"""The tokenizer of a checkpoint: text stays text, templates render as the hub does, broken files fail in one line."""
 
 from __future__ import annotations
 

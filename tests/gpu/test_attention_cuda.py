@@ -13,7 +13,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 class OnCuda(AttentionContract):
     device = "cuda"
-    __test__ = False
 
 
 class TestSdpaOnCuda(OnCuda):

@@ -44,4 +44,6 @@ def test_no_more_scores_exist_at_a_time_than_allowed(monkeypatch, causal):
     Dense().backward(x.dout, x.q, x.k, x.v, out, lse, slices, x.scale)
     assert max(sizes) <= 4096
     assert len(sizes) == 2 * 256 // (4096 // (4 * 256))
+    # A causal block of rows stops at the last key it sees.
+    assert sum(sizes) == 2 * 4 * (sum(range(4, 257, 4)) * 4 if causal else 256 * 256)
     torch.testing.assert_close(out, reference(x, mask)[0], rtol=0, atol=1e-12)

@@ -4,10 +4,10 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.attention.draw import layouts, masks, pairs, positions, visible
+from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.needs import remote_needs
@@ -32,15 +32,15 @@ def _needed(mask, layout):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_every_visible_pair_is_computed_once_and_nothing_else(scheme, data, mask):
     layout = data.draw(layouts(mask.length))
     assert sum(s.area for plan in _plans(scheme, mask, layout) for s in plan.slices) == mask.area
 
 
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_ring_messages_match_and_bring_every_key_to_every_query_that_sees_it(data, mask):
     """Follows the messages of both passes by the positions they carry, then compares what is computed."""
     layout = data.draw(layouts(mask.length))
@@ -76,8 +76,8 @@ def _travel(passes, layout):
         yield [(rank, way.steps[number], buffers[rank]) for rank, way in enumerate(passes)]
 
 
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_ring_keeps_a_row_only_while_somebody_further_on_needs_it(data, mask):
     layout = data.draw(layouts(mask.length))
     owner, needed = _needed(mask, layout)
@@ -97,8 +97,8 @@ def test_ring_keeps_a_row_only_while_somebody_further_on_needs_it(data, mask):
         assert route.volume(gradient_weight=3) == volume + 3 * gradients
 
 
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_the_ring_takes_the_direction_that_sends_less(data, mask):
     layout = data.draw(layouts(mask.length))
     plans = _plans(Ring(), mask, layout)
@@ -111,8 +111,8 @@ def test_the_ring_takes_the_direction_that_sends_less(data, mask):
     assert sum(plan.forward.sent_rows for plan in plans) == min(r.volume(gradient_weight=0) for r in routes.values())
 
 
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_allgather_sends_each_visible_row_once_to_each_reader(data, mask):
     layout = data.draw(layouts(mask.length))
     plans = _plans(Allgather(), mask, layout)
@@ -158,8 +158,8 @@ def test_documents_that_stay_inside_chunks_send_nothing(scheme, degree):
             assert plan.sent_rows == 0
 
 
+@patient
 @given(st.data(), masks(max_length=60))
-@settings(max_examples=60)
 def test_traffic_of_a_rank_never_exceeds_the_formula(data, mask):
     layout = data.draw(layouts(mask.length, degrees=DEGREES))
     largest = max(layout.local_length(rank) for rank in range(layout.degree))

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.core.attention.draw import layouts, masks
 from tests.core.attention.test_kernel import Formula
 from tests.distributed import ranks
 from zoo.core.attention import wire
@@ -62,7 +65,19 @@ class Spy:
             assert op.tensor.is_contiguous()
             if op.op is dist.isend:
                 self.bytes += op.tensor.numel() * op.tensor.element_size()
-        return self._inner(operations)
+        return [_Work(self.events, self._inner(operations))]
+
+
+class _Work:
+    """Works of one post, which log when they are waited for."""
+
+    def __init__(self, events, works):
+        self.events, self.works = events, works
+
+    def wait(self):
+        self.events.append("wait")
+        for work in self.works:
+            work.wait()
 
 
 class Logged(Formula):
@@ -80,11 +95,15 @@ class Logged(Formula):
 
 
 def _attention(scheme_class, mask, kind, dtype=torch.float64, group=None):
-    """out, dq, dk, dv of this rank, and what the spies saw forward and backward."""
+    """Attention of this rank under a named layout of the usual length and shape; as `_share`."""
     group = group or dist.group.WORLD
-    degree, rank = dist.get_world_size(group), dist.get_rank(group)
-    layout, scheme = _layout(kind, degree), scheme_class()
-    x = Example.random(SHAPE, LENGTH, dtype=dtype, device="cpu")
+    return _share(scheme_class, mask, _layout(kind, dist.get_world_size(group)), SHAPE, dtype, group)
+
+
+def _share(scheme_class, mask, layout, shape, dtype, group):
+    """out, dq, dk, dv of this rank, what the spies saw forward and backward, bytes and area by the plan."""
+    rank, scheme = dist.get_rank(group), scheme_class()
+    x = Example.random(shape, mask.length, dtype=dtype, device="cpu")
     q, k, v, dout = (layout.take(t, rank, 2).detach().clone() for t in (x.q, x.k, x.v, x.dout))
     for t in (q, k, v):
         t.requires_grad_()
@@ -156,14 +175,17 @@ def test_the_ring_meets_its_formulas_on_the_wire(world):
         assert back["buffers"] == {0: 2, 1: 2}
 
 
-def test_the_next_step_is_posted_before_this_one_is_computed():
+def test_the_next_step_travels_while_this_one_is_computed():
+    step = "post compute wait "
     for part in ranks.run(4, _attention, Ring, MASKS["not causal"], "head_tail"):
-        ahead, back = part[1]
-        assert ahead["events"] == ["post", "compute"] * 3 + ["compute"]
-        # Own keys first; from step 1 on, the gradients of a step set out while the next one is computed.
-        assert back["events"] == ["post", "compute", *["post", "compute", "post"] * 2, "compute", "post"]
+        ahead, back = (" ".join(way["events"]) for way in part[1])
+        assert ahead == 3 * step + "compute"
+        # Own keys; three steps, of which the first two send their gradients on while the next one is computed; home.
+        assert back == step + "post compute post wait " + "post compute wait post wait " + "compute wait post wait"
     for part in ranks.run(4, _attention, Allgather, MASKS["not causal"], "head_tail"):
-        assert part[1][0]["events"] == ["post", "compute", "compute"]
+        ahead, back = (" ".join(way["events"]) for way in part[1])
+        assert ahead == step + "compute"
+        assert back == step + "compute post wait"
 
 
 def test_bfloat16_travels_as_bfloat16_and_its_gradients_as_float32():
@@ -200,3 +222,25 @@ def test_a_group_need_not_be_the_first_ranks_nor_all(scheme):
         for i, wanted in enumerate(reference(x, MASKS[mask])):
             got = layout.join([parts[first][i], parts[first + 2][i]], 2)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def _on_all(scheme_class, mask, layout, shape):
+    return _share(scheme_class, mask, layout, shape, torch.float64, dist.group.WORLD)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_any_documents_heads_and_layout_equal_the_formula(world, data):
+    mask = data.draw(masks(max_length=70))
+    layout = data.draw(layouts(mask.length, degrees=(world,)))
+    scheme = data.draw(st.sampled_from([Ring, Allgather]))
+    batch, groups, repeats = (data.draw(st.integers(1, 3)) for _ in range(3))
+    shape = (batch, groups * repeats, groups, data.draw(st.sampled_from([1, 4, 8])))
+    parts = ranks.run(world, _on_all, scheme, mask, layout, shape)
+    x = Example.random(shape, mask.length, dtype=torch.float64, device="cpu")
+    for i, wanted in enumerate(reference(x, mask)):
+        got = layout.join([part[0][i] for part in parts], 2)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+    assert sum(part[1][0]["area"] for part in parts) == mask.area
+    assert all((ahead["bytes"], back["bytes"]) == planned for _, (ahead, back), planned, _ in parts)

@@ -277,9 +277,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
     def to_document(record):
         tokens = np.full(len(record.fields["text"]) // 4 + 2, 7, dtype=np.int32)
-        return Document(
-            tokens=tokens, trained=np.ones(len(tokens), bool), overlong="split", where=record.where
-        )
+        return Document(tokens=tokens, trained=np.ones(len(tokens), bool), overlong="split", where=record.where)
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

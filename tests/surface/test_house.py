@@ -3,9 +3,9 @@
 import ast
 import configparser
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,17 +69,18 @@ def test_no_module_reaches_into_the_globals():
     assert found == []
 
 
-def _fastest(*words, runs=5):
-    """Seconds of the fastest of several runs: the one that others disturbed least."""
+def _processor_seconds(*words, runs=5):
+    """The least that a run of the interpreter took of a core, which the load of the machine hardly touches."""
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(times)
 
 
 def test_help_comes_within_a_quarter_of_a_second():
-    """0.25 s on a machine that starts a bare interpreter in 20 ms; in proportion on a slower or busier one."""
-    slowness = max(1.0, _fastest("-S", "-c", "pass") / 0.02)
-    assert _fastest("-m", "zoo", "--help") <= 0.25 * slowness
+    """0.25 s where a bare interpreter starts in 30 ms; in proportion on a slower machine."""
+    slowness = max(1.0, _processor_seconds("-c", "pass") / 0.03)
+    assert _processor_seconds("-m", "zoo", "--help") <= 0.25 * slowness

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -17,4 +18,5 @@ from zoo.core.plugins import Plugins
 def finetune(plugins: Plugins, /, model: str | None, **flags: Any) -> None:
     """Fine-tune MODEL (a family: `zoo models`). The same command resumes a run that was stopped."""
     path = api.run(plugins, model, flags, say=lambda line: click.echo(line, err=True))
-    click.echo(path)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(path)

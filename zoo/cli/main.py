@@ -21,6 +21,7 @@ CORE_COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("zoo.cli.models:models", "List model families and their sizes."),
     "plan": ("zoo.cli.plan:plan", "Say what a job would do and need, without running it."),
     "finetune": ("zoo.cli.finetune:finetune", "Train a model on long sequences."),
+    "data": ("zoo.cli.data:data", "Look at training data as training will see it."),
     "import": ("zoo.cli.import_:import_", "Check a Hugging Face checkpoint and copy it here."),
     "export": ("zoo.cli.export:export", "Write a run as a Hugging Face checkpoint."),
     "plugins": ("zoo.cli.plugins:plugins", "List plugins, their state and what they provide."),

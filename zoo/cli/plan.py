@@ -9,10 +9,7 @@ import click
 
 from zoo.cli.job_options import job_options
 from zoo.core import api
-from zoo.core.flags import from_flags
 from zoo.core.plugins import Plugins
-from zoo.core.prepare import prepare, with_recipe
-from zoo.core.registry import Registry
 
 
 @click.command()
@@ -21,8 +18,7 @@ from zoo.core.registry import Registry
 @click.pass_obj
 def plan(plugins: Plugins, /, model: str | None, as_json: bool, **flags: Any) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
-    registry = Registry(plugins)
-    prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry)
+    prepared = api.ready(plugins, model, flags)
     if as_json:
         click.echo(json.dumps({"job": prepared.job.settings(), "notes": dict(prepared.notes)}, indent=2, default=str))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError
 from zoo.core.flags import from_flags
-from zoo.core.job import Job
 from zoo.core.launch import inside_launcher, launch, quiet_launcher
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare, with_recipe
@@ -54,7 +54,7 @@ def plan(model: str | None = None, **flags: Any) -> Prepared:
 
     Raises UsageError, PluginError or DataError.
     """
-    return _prepared(Plugins.load(), model, flags)[0]
+    return ready(Plugins.load(), model, flags)
 
 
 def finetune(model: str | None = None, **flags: Any) -> Path:
@@ -65,28 +65,33 @@ def finetune(model: str | None = None, **flags: Any) -> Path:
     return run(Plugins.load(), model, flags)
 
 
+def ready(plugins: Plugins, model: str | None, flags: Mapping[str, Any], world_size: int | None = None) -> Prepared:
+    """`plan` with given plugins, and with the number of ranks an outer launcher started, if any."""
+    registry = Registry(plugins)
+    return prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
+
+
 def run(
-    plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] | None = None
+    plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] = lambda _line: None
 ) -> Path:
     """`finetune` with given plugins; `say` gets the lines that head the run."""
-    if inside_launcher():
-        job = with_recipe(Registry(plugins), *from_flags(model, flags))
-        return train(job, plugins)
-    prepared, job = _prepared(plugins, model, flags)
-    for line in head(prepared):
-        (say or _silent)(line)
-    if checkpoint.finished(prepared.out, job.schedule.steps):
-        (say or _silent)(f"done      all {job.schedule.steps} steps already; --steps or --out for more")
-        return prepared.out
-    ranks = prepared.degrees.world_size
-    if job.log.peak_tflops is None:
+    world_size = int(os.environ["WORLD_SIZE"]) if inside_launcher() else None
+    prepared = ready(plugins, model, flags, world_size)
+    job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
+    for line in head(prepared) if os.environ.get("RANK", "0") == "0" else ():
+        say(line)
+    checkpoint.resume_point(out, job.checkpoint.resume)
+    if checkpoint.finished(out, job.schedule.steps):
+        say(f"{'done':<10}all {job.schedule.steps} steps already; --steps or --out for more")
+        return out
+    # On a CPU the peak is measured, which the ranks of an outer launcher would do all at once.
+    if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
-    if ranks == 1:
-        train(job, plugins)
-    else:
-        quiet_launcher()
-        launch({"job": job.settings(), "plugins": plugins.resolved()}, ranks)
-    return prepared.out
+    if ranks == 1 or world_size is not None:
+        return train(job, plugins)
+    quiet_launcher()
+    launch({"job": job.settings(), "plugins": plugins.resolved()}, ranks)
+    return out
 
 
 def head(prepared: Prepared) -> list[str]:
@@ -98,13 +103,3 @@ def head(prepared: Prepared) -> list[str]:
         what = f"{prepared.origin.entry.name} {prepared.origin.size} on {prepared.job.data.path}"
         notes = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | notes
     return [f"{topic:<10}{sentence}" for topic, sentence in notes.items()]
-
-
-def _prepared(plugins: Plugins, model: str | None, flags: Mapping[str, Any]) -> tuple[Prepared, Job]:
-    registry = Registry(plugins)
-    prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry)
-    return prepared, prepared.job
-
-
-def _silent(_line: str) -> None:
-    return None

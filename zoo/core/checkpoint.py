@@ -122,6 +122,23 @@ def find(path: Path) -> Path | None:
     return None if last is None else checkpoints.path(last)
 
 
+def resume_point(run: Path, resume: str) -> Path | None:
+    """The checkpoint a run goes on from: `auto`, `never`, or the path of a run or checkpoint. Raises UsageError."""
+    own = Checkpoints(run, keep=1).steps()
+    if resume == "auto":
+        return Checkpoints(run, keep=1).path(own[-1]) if own else None
+    if resume == "never":
+        if own:
+            raise UsageError(f"{run} holds checkpoints and --resume never was given; give another --out")
+        return None
+    found = find(Path(resume))
+    if found is None:
+        raise UsageError(f"--resume {resume}: no finished checkpoint in it")
+    if own and own[-1] > read_progress(found)["step"]:
+        raise UsageError(f"--resume {found} is older than step-{own[-1]} in {run}; give another --out to branch off")
+    return found
+
+
 def finished(run: Path, steps: int) -> bool:
     """Whether a run has been trained and saved to that many steps."""
     return max(Checkpoints(run, keep=1).steps(), default=0) >= steps

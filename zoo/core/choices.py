@@ -1,4 +1,4 @@
-"""What a job leaves open: kernel, scheme, adapters, memory policy; each chosen with a reason, and why not the others."""
+"""What a job leaves open: kernel, scheme, adapters, memory policy; each chosen with a reason, also against others."""
 
 from __future__ import annotations
 

@@ -231,9 +231,10 @@ class AttentionBackend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, slices: Sequence[AttentionSlice], scale: float
     ) -> tuple[Tensor, Tensor]:
-        """q `[B, N, T, H]`, k and v `[B, G, S, H]` to out `[B, N, T, H]` and lse `[B, N, T]`.
+        """q `[B, N, T, H]`, k and v `[B, G, S, H]`, last stride 1, to out `[B, N, T, H]` and lse `[B, N, T]`.
 
-        Both are fp32 or better, so that partial results can be merged without loss.
+        lse is fp32 or better, so that partial results can be merged without loss; out too, unless the kernel itself
+        rounds to q's dtype.
         """
 
     def backward(
@@ -247,7 +248,7 @@ class AttentionBackend(Protocol):
         slices: Sequence[AttentionSlice],
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of these slices given the row's *final* out and lse: dq, dk, dv in fp32 or better."""
+        """Gradients of these slices given the row's *final* out and lse: dq, dk, dv, in dtypes as out's forward."""
 
 
 class ContextScheme(Protocol):

@@ -235,9 +235,9 @@ def _field(key: str, where: str) -> dataclasses.Field[Any] | None:
     if section not in known:
         raise UsageError(
             _said(
-                f"unknown section '{section}' in {where}.",
+                f"unknown section '{section}' in {where};",
                 did_you_mean(section, known),
-                f"Sections: {', '.join(known)}",
+                f"sections: {', '.join(known)}",
             )
         )
     for candidate in fields(_section_type(section)):
@@ -248,9 +248,9 @@ def _field(key: str, where: str) -> dataclasses.Field[Any] | None:
     every = [f"{name}.{k}" for name in known for k in _keys(name)]
     raise UsageError(
         _said(
-            f"unknown key '{key}' in {where}.",
+            f"unknown key '{key}' in {where};",
             did_you_mean(key, every),
-            f"Keys of {section}: {', '.join(_keys(section))}",
+            f"keys of {section}: {', '.join(_keys(section))}",
         )
     )
 

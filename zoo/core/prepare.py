@@ -27,6 +27,7 @@ from zoo.core.errors import UsageError
 from zoo.core.job import Job, Settings
 from zoo.core.mesh import Degrees, resolve_degrees
 from zoo.core.registry import Registry
+from zoo.core.rows import open_source
 from zoo.core.sources import Origin, open_origin
 from zoo.core.suggest import did_you_mean
 from zoo.core.tokenizer import Tokenizer
@@ -89,6 +90,9 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     """
     _check_values(job)
     origin = open_origin(job, registry)
+    if not job.data.path:
+        raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
+    open_source(registry, job.data.path)
     job, hub_config, config, longer = _for_length(job, origin, registry)
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)
@@ -154,8 +158,6 @@ def _check_values(job: Job) -> None:
             raise UsageError(f"{key} is {values[key]}; it is at least 1")
     if not job.optim.lr >= 0:
         raise UsageError(f"--lr {job.optim.lr}: a learning rate is not negative")
-    if not job.data.path:
-        raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
 
 
 def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict[str, Any], Any, str]:
@@ -168,7 +170,9 @@ def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict
         return job, hub_config, config, ""
     change = registry.rope_for_length(origin.entry.name, hub_config, seq)
     said = f"; it knows {format_tokens(native)} tokens, now {format_tokens(seq)}"
-    if change is None:
+    # What was set by hand goes over what a plugin thinks best.
+    change = {key: value for key, value in (change or {}).items() if key not in job.model.overrides}
+    if not change:
         return job, hub_config, config, said
     longer = spec.override(hub_config, change)
     by = registry.decider("zoo_rope_for_length")

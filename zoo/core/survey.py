@@ -1,4 +1,4 @@
-"""A corpus counted without training on it: formats, lengths, what is trained, and every sample that could not be used."""
+"""A corpus counted without training on it: formats, lengths, what is trained, and what could not be used."""
 
 from __future__ import annotations
 

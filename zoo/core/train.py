@@ -94,7 +94,7 @@ class _Run:
             peak_tflops=job.log.peak_tflops,
             device=device,
         )
-        saved = _resume_point(job, path)
+        saved = checkpoint.resume_point(path, job.checkpoint.resume)
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
         feed = Feed(
@@ -234,23 +234,6 @@ def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
         loss_on=job.data.loss_on,
         chat_template=job.data.chat_template,
     )
-
-
-def _resume_point(job: Job, path: Path) -> Path | None:
-    """The checkpoint to go on from, if any; the same answer on every rank. Raises UsageError."""
-    if job.checkpoint.resume == "auto":
-        return checkpoint.find(path) if (path / "checkpoints").is_dir() else None
-    if job.checkpoint.resume == "never":
-        if Checkpoints(path, keep=1).steps():
-            raise UsageError(f"{path} holds checkpoints and --resume never was given; give another --out")
-        return None
-    found = checkpoint.find(Path(job.checkpoint.resume))
-    if found is None:
-        raise UsageError(f"--resume {job.checkpoint.resume}: no finished checkpoint in it")
-    later = [s for s in Checkpoints(path, keep=1).steps() if s > checkpoint.read_progress(found)["step"]]
-    if later:
-        raise UsageError(f"--resume {found} is older than step-{later[-1]} in {path}; give another --out to branch off")
-    return found
 
 
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hookimpl
-from zoo.core.contracts import AttentionEntry, ModelEntry
+from zoo.core.contracts import AttentionEntry, CommandEntry, ModelEntry
 
 ZOO_PLUGIN_API = 1
 TINY = Path(__file__).parent / "tiny"
@@ -36,3 +36,14 @@ def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
 @hookimpl
 def zoo_register_attention() -> list[AttentionEntry]:
     return [AttentionEntry(name="fp64", target="zoo_pico.kernel:Fp64", help="Float64 arithmetic for any input")]
+
+
+@hookimpl
+def zoo_register_commands() -> list[CommandEntry]:
+    return [
+        CommandEntry(
+            name="compare-attn",
+            target="zoo_pico.command:compare_attn",
+            help="Say how far two attention backends are apart.",
+        )
+    ]

@@ -1,9 +1,13 @@
 """Random rows for property tests: documents with and without padding, and how they are shared out."""
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
+
+# Examples take as long as the machine is busy, so time is no reason to fail.
+patient = settings(deadline=None, max_examples=80)
 
 
 @st.composite

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.attention.draw import layouts, positions
+from tests.core.attention.draw import layouts, patient, positions
 from zoo.core.attention.layout import SequenceLayout, head_tail_problem
 from zoo.core.errors import UsageError
 
@@ -23,6 +23,7 @@ def test_uneven_lengths_are_cut_at_rounded_down_parts():
     assert SequenceLayout.head_tail(3, 4).local_length(0) == 1
 
 
+@patient
 @given(st.data(), st.integers(1, 60))
 def test_join_undoes_take(data, length):
     layout = data.draw(layouts(length))

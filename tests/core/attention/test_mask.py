@@ -3,16 +3,18 @@
 import pytest
 from hypothesis import given
 
-from tests.core.attention.draw import masks, visible
+from tests.core.attention.draw import masks, patient, visible
 from zoo.core.attention.mask import Mask
 from zoo.core.errors import DataError
 
 
+@patient
 @given(masks())
 def test_area_counts_visible_pairs(mask):
     assert mask.area == len(visible(mask))
 
 
+@patient
 @given(masks())
 def test_documents_are_found_by_position_and_by_range(mask):
     for position in range(mask.length):

@@ -3,12 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.attention.draw import positions
+from tests.core.attention.draw import patient, positions
 from zoo.core.attention.ranges import RowIndex, complement, count, union
 
 PARTS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=8)
 
 
+@patient
 @given(PARTS)
 def test_union_is_the_set_in_the_fewest_ranges(parts):
     merged = union(parts)
@@ -18,12 +19,14 @@ def test_union_is_the_set_in_the_fewest_ranges(parts):
     assert all(a[1] < b[0] for a, b in zip(merged, merged[1:]))
 
 
+@patient
 @given(PARTS)
 def test_complement_is_what_is_left(parts):
     merged = union(parts)
     assert sorted(positions(merged) + positions(complement(merged, 31))) == list(range(31))
 
 
+@patient
 @given(PARTS, PARTS)
 def test_row_index_finds_positions_in_the_rows_laid_end_to_end(parts, wanted):
     held = union(parts)

@@ -6,7 +6,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.attention.draw import layouts, masks, pairs, positions, visible
+from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.needs import remote_needs, rows_needed
@@ -17,6 +17,7 @@ from zoo.core.contracts import AttentionSlice, SliceRule
 FULL, CAUSAL = SliceRule.FULL, SliceRule.CAUSAL
 
 
+@patient
 @given(st.data(), masks())
 def test_slices_cover_the_mask_exactly_once(data, mask):
     layout = data.draw(layouts(mask.length))
@@ -31,6 +32,7 @@ def test_slices_cover_the_mask_exactly_once(data, mask):
     assert area == mask.area
 
 
+@patient
 @given(st.data(), masks())
 def test_needs_are_the_keys_that_other_ranks_see(data, mask):
     layout = data.draw(layouts(mask.length))
@@ -69,7 +71,11 @@ def test_the_cost_of_remote_slices_does_not_grow_with_documents_inside_chunks():
     mask = Mask(length, tuple(zip([0, *cuts], [*cuts, length])))
     layout = SequenceLayout.head_tail(length, 64)
     others = union(part for parts in layout.chunks[1:] for part in parts)
+    best = min(_seconds(lambda: remote_slices(mask, layout.chunks[0], others)) for _ in range(20))
+    assert best < 0.003  # going through the documents of two chunks alone takes longer
+
+
+def _seconds(function):
     start = time.perf_counter()
-    for _ in range(100):
-        remote_slices(mask, layout.chunks[0], others)
-    assert time.perf_counter() - start < 0.5
+    function()
+    return time.perf_counter() - start

@@ -29,11 +29,9 @@ class TokenLoss(nn.Module):
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden `[B, T, D]`, weight `[V, D]`, labels `[B, T]` to a 0-dim sum in fp32 or better. IGNORE adds 0."""
         rows, targets = hidden.flatten(0, 1), labels.flatten()
-        # Elsewhere the number of trained rows is not known without waiting for the device.
-        if targets.device.type == "cpu":
+        if _drops_ignored(targets):
             kept = targets != IGNORE
-            if not bool(kept.all()):
-                rows, targets = rows[kept], targets[kept]
+            rows, targets = rows[kept], targets[kept]
         with_grad = torch.is_grad_enabled()
         total: Tensor = _ChunkedLoss.apply(rows, weight, targets, with_grad)  # type: ignore[no-untyped-call]
         return total
@@ -68,6 +66,11 @@ class _ChunkedLoss(torch.autograd.Function):
         drows, dweight = (None if g is None else g.mul_(dtotal) for g in ctx.gradients)
         ctx.gradients = None
         return drows, dweight, None, None
+
+
+def _drops_ignored(targets: Tensor) -> bool:
+    """Elsewhere than on a CPU the number of trained rows is not known without waiting for the device."""
+    return targets.device.type == "cpu" and bool((targets == IGNORE).any())
 
 
 def chunk_rows(vocab_size: int, device: str) -> int:

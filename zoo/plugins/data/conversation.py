@@ -78,10 +78,11 @@ def checked_messages(value: Any, *, column: str, where: object) -> list[Mapping[
                 f"{where}: message {number} of column {column} must be an object with a role and a content, "
                 f"not {_described(message)}"
             )
-        # To a template, what is missing is an empty string: such a message would be trained on as if it said nothing.
-        if "content" not in message and "tool_calls" not in message:
+        # A template writes nothing for what is missing and None for null, and both would be trained on.
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             raise DataError(
-                f"{where}: message {number} of column {column} has no content, only {', '.join(sorted(message))}"
+                f"{where}: message {number} of column {column} needs a content that is text, "
+                f"and is {_described(message)}"
             )
     return value
 
@@ -122,5 +123,5 @@ def _inside(starts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
 
 def _described(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(sorted(map(str, value))[:5]) or 'nothing'} in it"
+        return f"an object with {', '.join(sorted(map(str, value))[:5]) or 'nothing'}"
     return "an empty list" if value == [] else f"a {type(value).__name__}"

@@ -1,0 +1,105 @@
+"""RoPE: the hub's frequencies bit for bit, in fp32 whatever happens, and the rotation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from zoo.models.common.rope import RotaryEmbedding, rotate
+from zoo.models.llama3.config import SIZES, parse
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+VARIANTS = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 8.0},
+    {"rope_type": "linear", "factor": 3},
+    {"rope_type": "dynamic", "factor": 4.0},
+    *(
+        {"rope_type": "llama3", "factor": f, "low_freq_factor": 1.0, "high_freq_factor": h} | original
+        for f, h in ((8.0, 4.0), (32.0, 4.0), (2.0, 16.0))
+        for original in ({}, {"original_max_position_embeddings": 8192}, {"original_max_position_embeddings": 64})
+    ),
+    YARN,
+    YARN | {"original_max_position_embeddings": 512},
+    YARN | {"original_max_position_embeddings": 512, "truncate": False},
+    YARN | {"original_max_position_embeddings": 512, "beta_fast": 16.0, "beta_slow": 2.0},
+    YARN | {"original_max_position_embeddings": 512, "attention_factor": 0.7},
+    YARN | {"original_max_position_embeddings": 512, "mscale": 0.707, "mscale_all_dim": 1.1},
+    YARN | {"original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 1.0},
+]
+
+
+def both(variant: dict, *, head_dim: int = 64, theta: float = 5e5, length: int = 2048):
+    fields = {"hidden_size": head_dim, "num_attention_heads": 1, "max_position_embeddings": length}
+    fields |= {"rope_parameters": variant | {"rope_theta": theta}}
+    config = parse(fields)
+    ours = RotaryEmbedding(config.rope_parameters, head_dim=head_dim, max_position_embeddings=length)
+    return ours, LlamaRotaryEmbedding(LlamaConfig(**fields))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
+def test_frequencies_are_transformers_bit_for_bit(variant):
+    for head_dim, theta, length in itertools.product((8, 64, 80, 128), (1e4, 5e5, 1e6), (2048, 131072)):
+        ours, theirs = both(variant, head_dim=head_dim, theta=theta, length=length)
+        assert torch.equal(ours.inv_freq, theirs.inv_freq), (head_dim, theta, length)
+        assert ours.attention_factor == theirs.attention_scaling
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frequencies_of_published_sizes(size):
+    config = parse(SIZES[size])
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(SIZES[size])))
+    ours = RotaryEmbedding(
+        config.rope_parameters, head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings
+    )
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cosines_and_sines_are_transformers(dtype):
+    ours, theirs = both(YARN | {"original_max_position_embeddings": 512})
+    positions = torch.tensor([[0, 1, 2, 5000, 65_535, 1_000_000]])
+    cos, sin = ours(positions, dtype)
+    expected = theirs(torch.empty(0, dtype=dtype), positions)
+    assert cos.dtype is dtype
+    assert torch.equal(cos, expected[0][..., :32])
+    assert torch.equal(sin, expected[1][..., :32])
+
+
+def test_frequencies_stay_in_fp32_when_the_module_is_cast():
+    ours, _ = both({"rope_type": "default"})
+    exact = ours.inv_freq.clone()
+    for cast in (torch.bfloat16, torch.float64):
+        assert ours.to(cast).inv_freq.dtype is torch.float32
+        assert torch.equal(ours.inv_freq, exact)
+
+
+def test_fp64_angles_are_fp64():
+    ours, _ = both({"rope_type": "default"})
+    positions = torch.tensor([[65_535]])
+    cos, _ = ours(positions, torch.float64)
+    assert torch.equal(cos, (positions[..., None].double() * ours.inv_freq.double()).cos())
+
+
+def test_rotation_is_transformers_and_its_gradient_is_right():
+    q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
+    ours, theirs = both({"rope_type": "default"}, head_dim=16)
+    positions = torch.arange(9).expand(2, -1)
+    cos, sin = ours(positions, torch.float32)
+    expected = apply_rotary_pos_emb(q, k, *theirs(q, positions))
+    torch.testing.assert_close(rotate(q, cos, sin), expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rotate(k, cos, sin), expected[1], rtol=1e-6, atol=1e-6)
+
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(1, 5, 4, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), x)
+
+
+def test_rotation_takes_a_transposed_view():
+    x = torch.randn(1, 5, 2, 8).transpose(1, 2)
+    angles = torch.rand(1, 5, 4)
+    assert torch.equal(rotate(x, angles.cos(), angles.sin()), rotate(x.contiguous(), angles.cos(), angles.sin()))
