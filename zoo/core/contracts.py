@@ -7,15 +7,70 @@ H head size, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from zoo.core.entries import (
+    AttentionEntry as AttentionEntry,
+)
+from zoo.core.entries import (
+    CommandEntry as CommandEntry,
+)
+from zoo.core.entries import (
+    ContextSchemeEntry as ContextSchemeEntry,
+)
+from zoo.core.entries import (
+    ConverterEntry as ConverterEntry,
+)
+from zoo.core.entries import (
+    DataFormatEntry as DataFormatEntry,
+)
+from zoo.core.entries import (
+    Entry as Entry,
+)
+from zoo.core.entries import (
+    MemoryPolicyEntry as MemoryPolicyEntry,
+)
+from zoo.core.entries import (
+    ModelEntry as ModelEntry,
+)
+from zoo.core.entries import (
+    ParallelAdapterEntry as ParallelAdapterEntry,
+)
+from zoo.core.entries import (
+    TrackerEntry as TrackerEntry,
+)
+from zoo.core.formats import (
+    Converter as Converter,
+)
+from zoo.core.formats import (
+    DataFormat as DataFormat,
+)
+from zoo.core.formats import (
+    DataSource as DataSource,
+)
+from zoo.core.formats import (
+    HubCheckpoint as HubCheckpoint,
+)
+from zoo.core.formats import (
+    Record as Record,
+)
+from zoo.core.formats import (
+    RunInfo as RunInfo,
+)
+from zoo.core.formats import (
+    Sample as Sample,
+)
+from zoo.core.formats import (
+    TensorSource as TensorSource,
+)
+from zoo.core.formats import (
+    Tracker as Tracker,
+)
 
+if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
@@ -24,91 +79,9 @@ if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.rules import Rule
-    from zoo.core.tokenizer import Tokenizer
 
 IGNORE = -100
 """Label of a token that is not trained on."""
-
-
-# Entries: what a registration hook returns --------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A named thing a plugin offers. `target` is "package.module:attribute", imported when first used."""
-
-    name: str
-    target: str
-    help: str = ""
-
-    def load(self) -> Any:
-        """Import the target. Raises whatever the import raises."""
-        module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry(Entry):
-    """A model family; the target is its `ModelSpec`. Everything `zoo models` prints is here."""
-
-    model_type: str
-    """The hub's family id, as in config.json (`llama`, `mixtral`)."""
-    sizes: Mapping[str, Mapping[str, Any]]
-    """Size name to the hub's config.json fields."""
-    default_size: str
-    """Size used where there are accelerators."""
-    hub_ids: Mapping[str, str] = field(default_factory=dict)
-    """Size name to the id of its published checkpoint."""
-    embedded: Mapping[str, str] = field(default_factory=dict)
-    """Size name to the directory of a checkpoint that ships with the plugin."""
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Size name to settings that suit it, as dotted keys of a job: `{"optim.lr": 1e-3}`. A user's word wins."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionEntry(Entry):
-    """An attention backend; the target is a class whose instances are `AttentionBackend`s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextSchemeEntry(Entry):
-    """A context scheme; the target is a class whose instances are `ContextScheme`s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelAdapterEntry(Entry):
-    """A parallel adapter; the target is a class whose instances are `ParallelAdapter`s."""
-
-    axes: tuple[str, ...]
-    """The mesh axes it gives a meaning to. A degree above 1 on an axis nobody serves is an error."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPolicyEntry(Entry):
-    """A memory policy; the target is a class whose instances are `MemoryPolicy`s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConverterEntry(Entry):
-    """A checkpoint format of somebody else's; the target is a `Converter`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFormatEntry(Entry):
-    """A form of training sample; the target is a `DataFormat`: a function from record to `Sample`."""
-
-    overlong: str = "error"
-    """What is done by default with a sample longer than a row: `error`, `split`, `truncate`, `drop`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrackerEntry(Entry):
-    """A metrics sink asked for with `--track NAME`; the target is called with the run directory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandEntry(Entry):
-    """A click command; `help` is shown by `zoo --help` without importing the target."""
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -361,135 +334,3 @@ class MemoryPolicy(Protocol):
 
     def saved_bytes(self, config: ModelConfig, tokens: int, bytes_per_value: int) -> int:
         """Activation bytes a rank with that many tokens keeps for backward."""
-
-
-# Checkpoints --------------------------------------------------------------------------------------
-
-
-class TensorSource(Protocol):
-    """Named tensors somewhere, read piece by piece."""
-
-    def names(self) -> Collection[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> str:
-        """torch's name of the stored dtype: `bfloat16`."""
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """A piece of one tensor, in its stored dtype. Slices have step 1 and lie inside the shape."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubCheckpoint:
-    """A checkpoint directory in somebody's published form, opened and checked, no tensor read yet."""
-
-    path: Path
-    config: Mapping[str, Any]
-    """config.json's fields."""
-    tensors: TensorSource
-    files: tuple[str, ...]
-    """Other files that belong to it (tokenizer, templates), by name."""
-    own_names: bool = False
-    """Whether the tensors are under the family's own names already, as in a run, so that its rules do not apply."""
-
-
-class Converter(Protocol):
-    """Checkpoints of one form, in and out, streaming: never more than a few tensors in memory."""
-
-    name: str
-
-    def locate(self, source: str) -> Path | None:
-        """The local directory a hub id or path means, fetched if need be; None if it is not of this form.
-
-        Raises DataError if it is of this form and cannot be had.
-        """
-
-    def open(self, path: Path) -> HubCheckpoint:
-        """Check the directory and open it. Raises DataError naming file, tensor and rule."""
-
-    def export(
-        self,
-        spec: ModelSpec,
-        config: Any,
-        tensors: TensorSource,
-        out: Path,
-        *,
-        files: Mapping[str, Path],
-        dtype: str | None,
-    ) -> None:
-        """Write a directory of that form from tensors under the family's own names; re-open and verify it.
-
-        `files` are copied byte for byte, except `config.json`, which is the base of the one written. Raises DataError.
-        """
-
-
-# Data ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One document: token ids, and for each whether it is a target of training."""
-
-    tokens: Sequence[int]
-    trained: Sequence[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One raw sample as read, and where it came from."""
-
-    fields: Mapping[str, Any]
-    where: object
-    """Its str() is the place: `train.jsonl:17`. Not a str itself, because counting lines is work for error messages."""
-
-
-class DataFormat(Protocol):
-    """From a record to a sample."""
-
-    def __call__(self, record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
-        """Raises DataError naming `record.where`."""
-
-
-class DataSource(Protocol):
-    """Records of a corpus in a fixed order, in pieces that can be re-read from any position."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the corpus does; a resumed run compares it."""
-
-    def shards(self) -> Sequence[str]:
-        """Names of the parts (files). Their number is all that may be held in memory."""
-
-    def read(self, shard: str, offset: int) -> Iterator[tuple[Record, int]]:
-        """Records of a part from an offset that `read` returned before (0 is the start), each with the next offset."""
-
-
-# Observers ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInfo:
-    """A run, as observers see it. Rank 0 only."""
-
-    path: Path
-    model: str
-    size: str
-    steps: int
-    first_step: int
-    world_size: int
-    config: Mapping[str, Any]
-    """The resolved job."""
-
-
-class Tracker(Protocol):
-    """A metrics sink."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def names(entries: Iterable[Entry]) -> list[str]:
-    """Sorted names, for error messages."""
-    return sorted(entry.name for entry in entries)

@@ -125,8 +125,8 @@ class RowStream:
     def _current(self) -> Window:
         """The window of the cursor; the one after it is begun."""
         if self._window is None:
-            self._window = self._ahead.result() if self._ahead is not None else self._windows.filled(self._cursor, None)
-            self._ahead = self._reader.submit(self._windows.filled, self._window.next, self._window.carried)
+            self._window = self._ahead.result() if self._ahead is not None else self._windows.build(self._cursor)
+            self._ahead = self._reader.submit(self._windows.build, self._window.next, self._window.carried)
         return self._window
 
 

@@ -79,19 +79,12 @@ class Windows:
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
-    def filled(self, cursor: Cursor, carried: Sequence[Piece] | None) -> Window:
-        """The first window from a cursor on that has rows. Its counts are those of all windows passed."""
-        stats = Stats()
-        while True:
-            window = self._build(cursor, carried)
-            stats += window.stats
-            if window.rows:
-                return Window(rows=window.rows, stats=stats, next=window.next, carried=window.carried)
-            if cursor.window == 0:
-                raise DataError(_empty(stats, self.corpus))
-            cursor, carried = window.next, ()
+    def build(self, cursor: Cursor, carried: Sequence[Piece] | None = None) -> Window:
+        """The window that begins at a cursor; `carried` are its carried pieces if they are at hand.
 
-    def _build(self, cursor: Cursor, carried: Sequence[Piece] | None) -> Window:
+        It has a row at least: only an epoch without usable samples has none, and that raises DataError. The emptiest
+        row is not in it but goes on into the next window, unless the epoch ends.
+        """
         parts = list(self._read_again(cursor) if carried is None else carried)
         stats, place, tokens = Stats(), cursor.place, sum(map(len, parts))
         more = False
@@ -103,8 +96,10 @@ class Windows:
             more = tokens >= max(WINDOW_ROWS * self.seq, WINDOW_TOKENS)
             if more:
                 break
+        if not parts:
+            raise DataError(_empty(stats, self.corpus))
         bins = self._packed(parts, cursor)
-        left = bins.pop() if more and len(bins) > 1 else ()
+        left = bins.pop() if more else ()
         rows = tuple(bins[i] for i in shuffled(len(bins), self.corpus.seed, cursor.epoch, cursor.window, 1))
         ahead = Cursor(
             epoch=cursor.epoch, window=cursor.window + 1, place=place, carried=tuple(part.address for part in left)

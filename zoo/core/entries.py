@@ -1,0 +1,86 @@
+"""Entries: what a registration hook returns. A name, a word of help, and a target that is imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A named thing a plugin offers. `target` is "package.module:attribute", imported when first used."""
+
+    name: str
+    target: str
+    help: str = ""
+
+    def load(self) -> Any:
+        """Import the target. Raises whatever the import raises."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry(Entry):
+    """A model family; the target is its `ModelSpec`. Everything `zoo models` prints is here."""
+
+    model_type: str
+    """The hub's family id, as in config.json (`llama`, `mixtral`)."""
+    sizes: Mapping[str, Mapping[str, Any]]
+    """Size name to the hub's config.json fields."""
+    default_size: str
+    """Size used where there are accelerators."""
+    hub_ids: Mapping[str, str] = field(default_factory=dict)
+    """Size name to the id of its published checkpoint."""
+    embedded: Mapping[str, str] = field(default_factory=dict)
+    """Size name to the directory of a checkpoint that ships with the plugin."""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Size name to settings that suit it, as dotted keys of a job: `{"optim.lr": 1e-3}`. A user's word wins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionEntry(Entry):
+    """An attention backend; the target is a class whose instances are `AttentionBackend`s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSchemeEntry(Entry):
+    """A context scheme; the target is a class whose instances are `ContextScheme`s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelAdapterEntry(Entry):
+    """A parallel adapter; the target is a class whose instances are `ParallelAdapter`s."""
+
+    axes: tuple[str, ...]
+    """The mesh axes it gives a meaning to. A degree above 1 on an axis nobody serves is an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPolicyEntry(Entry):
+    """A memory policy; the target is a class whose instances are `MemoryPolicy`s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConverterEntry(Entry):
+    """A checkpoint format of somebody else's; the target is a `Converter`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormatEntry(Entry):
+    """A form of training sample; the target is a `DataFormat`: a function from record to `Sample`."""
+
+    overlong: str = "error"
+    """What is done by default with a sample longer than a row: `error`, `split`, `truncate`, `drop`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerEntry(Entry):
+    """A metrics sink asked for with `--track NAME`; the target is called with the run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandEntry(Entry):
+    """A click command; `help` is shown by `zoo --help` without importing the target."""
