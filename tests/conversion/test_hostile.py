@@ -15,6 +15,7 @@ from zoo.conversion.directory import open_directory
 from zoo.conversion.headers import read_header
 from zoo.conversion.hf import HfConverter
 from zoo.core.errors import DataError
+from zoo.core.rules import whole
 
 
 def refusal(path) -> str:
@@ -154,9 +155,9 @@ def test_a_file_that_becomes_shorter_after_it_was_checked(checkpoint):
     tensors = open_directory(checkpoint).tensors
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
+    last = max(tensors.names(), key=lambda name: tensors.tensors[name][1].start)
     with pytest.raises(DataError, match="became shorter"):
-        for name in tensors.names():
-            tensors.read(name, tuple(slice(0, size) for size in tensors.shape(name)))
+        tensors.read(last, whole(tensors.shape(last)))
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

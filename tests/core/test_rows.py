@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from zoo.core import windows
 from zoo.core.contracts import IGNORE, Record
+from zoo.core.corpus import Corpus
 from zoo.core.errors import DataError
 from zoo.core.packing import Document, best_fit_decreasing
 from zoo.core.rows import RowStream
@@ -184,7 +185,7 @@ def test_overlong_samples_are_treated_as_said_and_counted(overlong, kept, counts
         stats = stream.stats
     tokens = [t for row in rows for a, b in row.documents for t in row.tokens[a:b].tolist()]
     assert len(tokens) == kept + 5
-        epochs = stream.epoch + 1
+    epochs = stream.epoch + 1
     assert stats.samples == epochs * 2
     assert {name: getattr(stats, name) // epochs for name in ("split", "truncated", "dropped")} == {
         "split": 0, "truncated": 0, "dropped": 0, **counts
@@ -305,3 +306,11 @@ def test_rows_are_well_filled():
     with stream_of(source, seq=1024, window=1 << 15) as stream:
         epoch_of(stream)
         assert stream.fill > 0.98
+
+
+def test_shards_are_shuffled_anew_each_epoch():
+    corpus = Corpus(Listed([[]] * 50), seed=7)
+    first, second = corpus.order(0), corpus.order(1)
+    assert sorted(first) == sorted(second) == sorted(corpus.shards)
+    assert len({first, second, corpus.shards}) == 3
+    assert first == Corpus(Listed([[]] * 50), seed=7).order(0)

@@ -124,7 +124,7 @@ def test_dtypes_follow_the_source():
 )
 def test_rules_that_contradict_each_other(rules, message):
     with pytest.raises(ValueError, match=message):
-        _ = RuleBook(rules, SHAPES).hub
+        _ = RuleBook(rules, SHAPES).hub_shapes
 
 
 def test_pieces_that_do_not_add_up():

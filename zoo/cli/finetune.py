@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from zoo.cli.job_options import job_options
-from zoo.core import api
 from zoo.core.plugins import Plugins
 
 
@@ -17,6 +16,8 @@ from zoo.core.plugins import Plugins
 @click.pass_obj
 def finetune(plugins: Plugins, /, model: str | None, **flags: Any) -> None:
     """Fine-tune MODEL (a family: `zoo models`). The same command resumes a run that was stopped."""
+    from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
+
     path = api.run(plugins, model, flags, say=lambda line: click.echo(line, err=True))
     if os.environ.get("RANK", "0") == "0":
         click.echo(path)

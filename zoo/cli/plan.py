@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from zoo.cli.job_options import job_options
-from zoo.core import api
 from zoo.core.plugins import Plugins
 
 
@@ -18,6 +17,8 @@ from zoo.core.plugins import Plugins
 @click.pass_obj
 def plan(plugins: Plugins, /, model: str | None, as_json: bool, **flags: Any) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
+    from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
+
     prepared = api.ready(plugins, model, flags)
     if as_json:
         click.echo(json.dumps({"job": prepared.job.settings(), "notes": dict(prepared.notes)}, indent=2, default=str))

@@ -112,7 +112,7 @@ class RuleBook:
         self.pieces: dict[str, tuple[Piece, ...]] = {
             name: _pieces(rules, name, shape) for name, shape in shapes.items()
         }
-        idle = [rule.ours for rule in rules if not any(_match(rule.ours, name) for name in shapes)]
+        idle = [rule.ours for rule in rules if all(_match(rule.ours, name) is None for name in shapes)]
         if idle:
             raise ValueError(f"rule {idle[0]} matches no parameter")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from zoo.core.launch import inside_launcher
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, MetricsFile, Pending
 from zoo.core.optim import build_optimizer, build_schedule
-from zoo.core.plugins import Plugins
+from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
@@ -346,12 +347,13 @@ def _process_group() -> Iterator[torch.device]:
 def _same_plugins(plugins: Plugins) -> None:
     """Compare what every rank loaded, before anything depends on it. Raises PluginError."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, plugins.fingerprint())
-    for rank, fingerprint in enumerate(everyone):
-        if fingerprint != everyone[0]:
+    dist.all_gather_object(everyone, (plugins.fingerprint(), socket.gethostname(), plugins.resolved()))
+    for rank, (fingerprint, host, resolved) in enumerate(everyone):
+        if fingerprint != everyone[0][0]:
+            what = "; ".join(differences(everyone[0][2], resolved))
             raise PluginError(
-                f"rank {rank} loaded other plugins than rank 0; all nodes need the same environment. "
-                f"Compare `zoo plugins` on both"
+                f"rank {rank} (host {host}) loaded other plugins than rank 0: {what}. "
+                f"Install the same environment on every host; compare `zoo plugins`"
             )
 
 
