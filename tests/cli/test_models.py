@@ -6,6 +6,7 @@ import pytest
 
 from zoo.cli.main import main
 
+SHAPE = ("LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")
 MODEL = """
 from zoo import hookimpl
 from zoo.core.contracts import ModelEntry
@@ -15,7 +16,7 @@ def zoo_register_models():
     small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
     large = {**small, "num_key_value_heads": 2, "max_position_embeddings": 131072}
     return [ModelEntry(name="mini", target="nowhere:SPEC", model_type="mini", default_size="large",
-                       sizes={"small": small, "large": large}, hub_ids={"large": "org/mini-large"})]
+                       sizes={"small": small, "large": large}, parameters={"large": 123000}, hub_ids={"large": "org/mini-large"})]
 """
 
 
@@ -27,15 +28,15 @@ def mini(distributions):
 def test_the_table_has_a_row_for_each_size(mini, capsys):
     assert main(["models"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["MODEL", "SIZE", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB", "CHECKPOINT", "FROM"]
-    assert ["mini", "small", "2", "64", "4", "4", "-", "512", "-", "zoo-mini"] in rows
-    assert ["mini", "large", "2", "64", "4", "2", "128k", "512", "org/mini-large", "zoo-mini"] in rows
+    assert rows[0] == ["MODEL", "SIZE", "PARAMS", *SHAPE, "CHECKPOINT", "FROM"]
+    assert ["mini", "small", "-", "2", "64", "4", "4", "-", "512", "-", "zoo-mini"] in rows
+    assert ["mini", "large", "123.00K", "2", "64", "4", "2", "128k", "512", "org/mini-large", "zoo-mini"] in rows
 
 
 def test_the_builtin_family_is_there(capsys):
     main(["models"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["llama3", "8b", "32", "4096", "32", "8", "8k", "128256", "meta-llama/Meta-Llama-3-8B", "zoo"] in rows
+    assert ["llama3", "8b", "8.03B", "32", "4096", "32", "8", "8k", "128256", "meta-llama/Meta-Llama-3-8B", "zoo"] in rows
 
 
 def test_json(mini, capsys):

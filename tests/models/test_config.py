@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from tests.models.reference import ROPES, draw_fields
 from zoo.core.errors import DataError
-from zoo.models.llama3.config import SIZES, hub_config, override, parse
+from zoo.models.llama3.config import PARAMETERS, SIZES, hub_config, num_parameters, override, parse
 from zoo.models.llama3.model import SPEC
 from zoo.models.llama3.plugin import zoo_rope_for_length
 
@@ -185,3 +185,20 @@ def test_rope_for_longer_rows_stretches_every_type(rope):
         assert longer.rope_parameters.rope_theta == 16e4
     assert longer.rope_parameters.original_max_position_embeddings == before.original_max_position_embeddings
     assert zoo_rope_for_length("another", fields, 1024) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [("3.2-1b", 1_235_814_400), ("3.2-3b", 3_212_749_824), ("8b", 8_030_261_248), ("70b", 70_553_706_496)]
+    + [("3.1-405b", 405_853_388_800)],
+)
+def test_parameter_counts_are_the_published_ones(size, published):
+    assert PARAMETERS[size] == published
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_parameters_are_counted_as_the_model_has_them(biased):
+    config = parse({**SIZES["tiny"], "attention_bias": biased, "mlp_bias": biased})
+    with torch.device("meta"):
+        model = SPEC.build(config)
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())

@@ -11,16 +11,16 @@ import click
 from zoo.cli.session import Session, pass_session
 from zoo.cli.table import table
 from zoo.core.contracts import ModelEntry
-from zoo.core.units import format_tokens
+from zoo.core.units import format_count, format_tokens
 
-_HEADER = ("MODEL", "SIZE", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB", "CHECKPOINT", "FROM")
+_HEADER = ("MODEL", "SIZE", "PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB", "CHECKPOINT", "FROM")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_session
 def models(session: Session, as_json: bool) -> None:
-    """List model families and their sizes: layers, hidden size, heads, native context, vocabulary, checkpoint."""
+    """List model families and their sizes: parameters, shape, native context, vocabulary, checkpoint."""
     rows = [row for entry in session.registry.models for row in _rows(entry, session)]
     if as_json:
         click.echo(json.dumps({"models": rows}, indent=2))
@@ -36,6 +36,7 @@ def _rows(entry: ModelEntry, session: Session) -> list[dict[str, Any]]:
             "size": size,
             "model_type": entry.model_type,
             "default": size == entry.default_size,
+            "parameters": entry.parameters.get(size),
             "layers": fields.get("num_hidden_layers"),
             "hidden": fields.get("hidden_size"),
             "heads": fields.get("num_attention_heads"),
@@ -51,9 +52,11 @@ def _rows(entry: ModelEntry, session: Session) -> list[dict[str, Any]]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    params = format_count(row["parameters"]) if row["parameters"] else ""
     counts = [_text(row[key]) for key in ("layers", "hidden", "heads", "kv_heads")]
     context = format_tokens(row["context"]) if isinstance(row["context"], int) else ""
-    return [row["model"], row["size"], *counts, context, _text(row["vocab"]), row["checkpoint"] or "", row["dist"]]
+    more = [context, _text(row["vocab"]), row["checkpoint"] or "", row["dist"]]
+    return [row["model"], row["size"], params, *counts, *more]
 
 
 def _text(value: object) -> str:

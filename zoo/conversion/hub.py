@@ -34,8 +34,9 @@ def fetch(hub_id: str) -> Path:
             f"directory here"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"it answers {status}" if status else "it cannot be reached from here"
         raise DataError(
-            f"{hub_id} is not in the local cache and the hub cannot be reached ({reason}); download it where there is "
+            f"{hub_id} is not whole in the local cache and the hub cannot give it: {reason}; download it where there is "
             f"a network (hf download {hub_id} --local-dir DIR) and give the directory"
         ) from None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
@@ -87,7 +88,7 @@ class RunSource:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 load_state({_PREFIX + name: tensor}, storage_reader=self._reader, no_dist=True)
-        except Exception as error:
+        except (CheckpointException, Exception) as error:  # the former is no Exception
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.state}: {name} cannot be read ({reason}); use an earlier checkpoint") from None
         return tensor

@@ -34,6 +34,8 @@ class ModelEntry(Entry):
     """Size used where there are accelerators."""
     hub_ids: Mapping[str, str] = field(default_factory=dict)
     """Size name to the id of its published checkpoint."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Size name to its number of parameters."""
     embedded: Mapping[str, str] = field(default_factory=dict)
     """Size name to the directory of a checkpoint that ships with the plugin."""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -134,8 +134,8 @@ def _check_tied(source: TensorSource, alias: str, hub: str, index: Index) -> Non
     if same_shape and all(torch.equal(source.read(alias, i), source.read(hub, i)) for _, i in _blocks(index)):
         return
     raise DataError(
-        f"{source}: config.json says tie_word_embeddings, but {alias} differs from {hub}; "
-        f"--set model.tie_word_embeddings=false keeps both"
+        f"{source}: config.json says tie_word_embeddings, but {alias} differs from {hub}; to keep both, set it to "
+        f"false there or by --set model.tie_word_embeddings=false"
     )
 
 

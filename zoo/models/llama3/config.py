@@ -147,6 +147,16 @@ def override(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     return hub_config(parse(changed))
 
 
+def num_parameters(config: LlamaConfig) -> int:
+    """Values in all weights, tied ones counted once."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 2 * width * (queries + keys) + config.attention_bias * (queries + 2 * keys + width)
+    mlp = 3 * width * inner + config.mlp_bias * (2 * inner + width)
+    ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
+    return config.num_hidden_layers * (attention + mlp + 2 * width) + ends
+
+
 # Sizes --------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "3.3-70b": _size(80, 8192, 28_672, 64, eos_token_id=_INSTRUCT_EOS, **_long(8.0)),
 }
 """config.json's fields of the published sizes."""
+
+PARAMETERS: Mapping[str, int] = {size: num_parameters(parse(fields)) for size, fields in SIZES.items()}
 
 HUB_IDS: Mapping[str, str] = {
     "3.2-1b": "meta-llama/Llama-3.2-1B",

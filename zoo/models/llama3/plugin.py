@@ -8,7 +8,7 @@ from typing import Any
 from zoo.core.contracts import LayoutRequest, ModelEntry
 from zoo.core.hookspecs import hookimpl
 from zoo.models.common.rope_parameters import rope_for_length
-from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, SIZES, TINY, LlamaConfig, parse
+from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, PARAMETERS, SIZES, TINY, LlamaConfig, parse
 
 ZOO_PLUGIN_API = 1
 NAME = "llama3"
@@ -25,6 +25,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
             sizes=SIZES,
             default_size="8b",
             hub_ids=HUB_IDS,
+            parameters=PARAMETERS,
             embedded={"tiny": str(TINY)},
             # The corpus the tiny model was trained on, at a rate and length that show something within minutes.
             recipes={"tiny": {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 12}},
