@@ -70,6 +70,13 @@ def test_text_has_bos_where_the_tokenizer_gives_one_and_eos_always(registry, mad
     assert runs(document, made["chatml"]) == [("hello<|im_end|>", True)]
 
 
+def test_a_bos_that_the_tokenizer_does_not_begin_texts_with_is_left_out(registry, made):
+    assert made["mistral"].bos_id == 0
+    document = samples_of(registry, made["mistral"])(text="hello")
+    assert 0 not in document.tokens
+    assert document.tokens[-1] == made["mistral"].eos_id
+
+
 def test_blank_text_is_no_sample(registry, made):
     assert len(samples_of(registry, made["llama3"])(text=" \n").tokens) == 0
 

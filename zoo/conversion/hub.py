@@ -37,6 +37,6 @@ def fetch(hub_id: str) -> Path:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"it answers {status}" if status else "it cannot be reached from here"
         raise DataError(
-            f"{hub_id} is not whole in the local cache and the hub cannot give it: {reason}; download it where there is "
-            f"a network (hf download {hub_id} --local-dir DIR) and give the directory"
+            f"{hub_id} is not whole in the local cache and the hub cannot give it: {reason}; download it where "
+            f"there is a network (hf download {hub_id} --local-dir DIR) and give the directory"
         ) from None
