@@ -63,8 +63,8 @@ class Stage:
     text: float = 0.1
 
 
-# Without short strings first, needles are not learned at all in this many steps: at 32 tokens a copy is learned in a
-# few hundred steps, at 64 not in a thousand.
+# Short strings come first because copying is learned from them soon (250 steps at 32 tokens). A run of twice the size
+# that began with strings of 64 tokens still found no needle after 1,175 steps.
 LESSONS = (
     Stage(kind="string", length=32, rows=64, steps=1500, until=0.5),
     Stage(kind="string", length=64, rows=32, steps=600, until=0.5),

@@ -48,7 +48,9 @@ def test_equals_cross_entropy_in_fp64(ignored):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), vocab=st.integers(2, 50), chunk=st.integers(1, 41), scale=st.sampled_from([0.1, 30.0]))
+@given(
+    rows=st.integers(1, 40), vocab=st.integers(2, 50), chunk=st.integers(1, 41), scale=st.sampled_from([0.1, 1000.0])
+)
 def test_any_chunk_size_gives_the_same(rows, vocab, chunk, scale):
     generator = torch.Generator().manual_seed(rows * 100 + vocab)
     hidden = scale * torch.randn(1, rows, 6, dtype=torch.float64, generator=generator)
@@ -84,7 +86,7 @@ def test_bfloat16_sums_and_accumulates_in_fp32():
     expected = functional.cross_entropy((exact_hidden @ exact_weight.t())[0], labels[0], reduction="sum")
     assert abs(total.item() - expected.item()) < 2e-3 * expected.item()
     (mine,), (theirs,) = gradients(total, weight), gradients(expected, exact_weight)
-    assert (mine - theirs).norm() < 1e-2 * theirs.norm()
+    assert (mine - theirs).norm() < 3.5e-3 * theirs.norm()
 
 
 def test_frozen_sides_and_no_grad():

@@ -22,7 +22,7 @@ from zoo.core.weights import check_tensors, rule_book
 SHARD_BYTES = 5_000_000_000
 """The hub's own limit, in decimal gigabytes."""
 
-_BLOCK_VALUES = 1 << 24
+_BLOCK_VALUES = 1 << 22
 _MAX_CONFIG = 1 << 20
 _DROPPED = ("auto_map", "_name_or_path", "quantization_config")
 

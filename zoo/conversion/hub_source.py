@@ -15,12 +15,12 @@ from zoo.conversion.headers import StoredTensor, read_header
 from zoo.core.errors import DataError
 from zoo.core.rules import Index, row_blocks, whole
 
-_BLOCK_VALUES = 1 << 24
+_BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class HubSource:
-    """A TensorSource over checked files. Files stay open, so what was checked is what is read."""
+    """A TensorSource over checked files, each opened at its first read."""
 
     path: Path
     tensors: Mapping[str, tuple[Path, StoredTensor]]

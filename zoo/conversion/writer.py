@@ -21,7 +21,7 @@ from zoo.core.errors import DataError
 from zoo.core.rules import row_blocks, whole
 
 _CODES = {name: code for code, name in DTYPES.items()}
-_BLOCK_VALUES = 1 << 24
+_BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,10 @@ class Corpus:
     What is held in memory is the names of the shards and one block.
     """
 
-    def __init__(self, source: DataSource, *, seed: int) -> None:
+    def __init__(self, source: DataSource, *, seed: int, name: str = "") -> None:
+        """`name` is what the user calls it, for error messages."""
         self.source = source
+        self.name = name
         self.seed = seed
         self.shards = tuple(source.shards())
 

@@ -40,10 +40,14 @@ class RowStream:
         seed: int,
         pad: int = 0,
         options: Mapping[str, Any] | None = None,
+        name: str = "",
     ) -> None:
-        """`options` is what else decides about tokens; a resumed run must have the same. JSON values."""
+        """`options` is what else decides about tokens; a resumed run must have the same. JSON values.
+
+        `name` is what the user calls the corpus, for error messages.
+        """
         self.seq = seq
-        self._windows = Windows(source, to_document, seq=seq, seed=seed)
+        self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name)
         self._pad = pad
         self._options = dict(options or {})
         self._cursor = Cursor()
@@ -153,7 +157,7 @@ def open_rows(
         "overlong": overlong or "by format",
         "loss-on": loss_on,
     }
-    return RowStream(source, samples, seq=seq, seed=seed, pad=tokenizer.pad_id, options=options)
+    return RowStream(source, samples, seq=seq, seed=seed, pad=tokenizer.pad_id, options=options, name=data)
 
 
 def open_source(registry: Registry, data: str) -> DataSource:

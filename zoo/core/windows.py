@@ -70,8 +70,10 @@ class Window:
 class Windows:
     """Builds the window of a cursor: nothing but cursor, corpus, seed and `seq` decides what is in it."""
 
-    def __init__(self, source: DataSource, to_document: Callable[[Record], Document], *, seq: int, seed: int) -> None:
-        self.corpus = Corpus(source, seed=seed)
+    def __init__(
+        self, source: DataSource, to_document: Callable[[Record], Document], *, seq: int, seed: int, name: str = ""
+    ) -> None:
+        self.corpus = Corpus(source, seed=seed, name=name)
         self.seq = seq
         self._to_document = to_document
         self._encoders = ThreadPoolExecutor(encoding_threads(), thread_name_prefix="zoo-encode")
@@ -184,8 +186,8 @@ def _some(documents: Sequence[Document]) -> str:
 
 def _empty(stats: Stats, corpus: Corpus) -> str:
     if not stats.samples:
-        return f"the corpus has no samples ({corpus.source.fingerprint}); give --data something with text in it"
+        return f"--data {corpus.name} has no samples ({corpus.source.fingerprint}); give something with text in it"
     return (
-        f"no sample of the corpus is left: of {stats.samples:,}, {stats.blank:,} are blank and {stats.dropped:,} "
+        f"--data {corpus.name}: no sample is left: of {stats.samples:,}, {stats.blank:,} are blank and {stats.dropped:,} "
         "longer than a row; type --overlong split or truncate, or a larger --seq"
     )

@@ -22,10 +22,13 @@ def main(folder: str) -> int:
         train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]))
     except BaseException as error:
         office.report(rank, error)
-        # The interpreter's own way out waits for process groups whose peers are gone.
-        os._exit(1)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    status = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not the interpreter's own way out: it waits for peers that are gone, and C++ threads that still run end it by abort.
+    os._exit(status)

@@ -9,6 +9,9 @@ from typing import Any
 
 from zoo.core.errors import DataError
 
+_MAX_TOKEN = (1 << 31) - 1
+_MAX_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Fields:
@@ -61,19 +64,20 @@ class Fields:
             raise self.wrong(name, "it must be an object or null")
         return value
 
-    def token(self, name: str, default: int | None, *, vocab_size: int) -> int | None:
+    def token(self, name: str, default: int | None) -> int | None:
+        """A token id or null. It may lie outside the vocabulary: no weight depends on it."""
         value = self.values.get(name, default)
-        if value is None:
-            return None
-        return self.integer(name, value, low=-1, high=vocab_size - 1)
+        return None if value is None else self.integer(name, value, low=-1, high=_MAX_TOKEN)
 
-    def tokens(self, name: str, default: int | None, *, vocab_size: int) -> int | tuple[int, ...] | None:
+    def tokens(self, name: str, default: int | None) -> int | tuple[int, ...] | None:
         """A token id, a list of them, or null."""
         value = self.values.get(name, default)
         if not isinstance(value, list):
-            return self.token(name, default, vocab_size=vocab_size)
-        if len(value) > 256 or any(
-            isinstance(v, bool) or not isinstance(v, int) or not 0 <= v < vocab_size for v in value
-        ):
-            raise self.wrong(name, f"it must be a list of token ids below {vocab_size}")
+            return self.token(name, default)
+        if len(value) > _MAX_TOKENS or not all(_is_token(item) for item in value):
+            raise self.wrong(name, f"it must be a list of at most {_MAX_TOKENS} token ids")
         return tuple(value)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKEN

@@ -127,8 +127,8 @@ def hub_rope(rope: RopeParameters, *, max_position_embeddings: int) -> dict[str,
     """The three fields that make transformers 4 and 5 build the same model.
 
     transformers 4 reads `rope_theta` and `rope_scaling` only, and 5 drops theta if `rope_scaling` comes
-    without a top-level `rope_theta`, so all three are always written. transformers 4 derives yarn's factor
-    from `original_max_position_embeddings` where that is given, hence it is left out where it says nothing.
+    without a top-level `rope_theta`, so all three are always written. Some releases of 4 (4.53) derive yarn's
+    factor from `original_max_position_embeddings` where that is given, so it is left out where it says nothing.
     """
     parameters = rope.as_dict()
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}

@@ -51,10 +51,9 @@ def parse(config: Mapping[str, Any]) -> LlamaConfig:
     _refuse(fields)
     heads = fields.integer("num_attention_heads", 32, high=1 << 12)
     hidden = fields.integer("hidden_size", 4096, high=1 << 17)
-    vocab = fields.integer("vocab_size", 32000, high=1 << 22)
     length = fields.integer("max_position_embeddings", 2048, high=1 << 32)
     parsed = LlamaConfig(
-        vocab_size=vocab,
+        vocab_size=fields.integer("vocab_size", 32000, high=1 << 22),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size", 11008, high=1 << 20),
         num_hidden_layers=fields.integer("num_hidden_layers", 32, high=1 << 10),
@@ -67,9 +66,9 @@ def parse(config: Mapping[str, Any]) -> LlamaConfig:
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         attention_bias=fields.boolean("attention_bias", False),
         mlp_bias=fields.boolean("mlp_bias", False),
-        bos_token_id=fields.token("bos_token_id", 1, vocab_size=vocab),
-        eos_token_id=fields.tokens("eos_token_id", 2, vocab_size=vocab),
-        pad_token_id=fields.token("pad_token_id", None, vocab_size=vocab),
+        bos_token_id=fields.token("bos_token_id", 1),
+        eos_token_id=fields.tokens("eos_token_id", 2),
+        pad_token_id=fields.token("pad_token_id", None),
         rope_parameters=parse_rope(config, default_theta=10_000.0, max_position_embeddings=length),
     )
     _check(parsed)

@@ -28,7 +28,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
             parameters=PARAMETERS,
             embedded={"tiny": str(TINY)},
             # The corpus the tiny model was trained on, at a rate and length that show something within minutes.
-            recipes={"tiny": {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 12}},
+            recipes={"tiny": {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}},
         )
     ]
 
