@@ -1,4 +1,4 @@
-"""A training step beside transformers' LlamaForCausalLM, and `--cp 2` beside one process: `python benchmarks/train_step.py`.
+"""A training step beside transformers' LlamaForCausalLM, and `--cp 2` beside one process.
 
 Same weights, same tokens, fp32, two threads, AdamW; 4 layers, hidden 256, 4/2 heads, vocabulary 32,000. Each side runs
 in processes of its own, by turns, so that peak memory is its own and a busy machine is busy for both. Only ratios mean
@@ -199,10 +199,11 @@ def main() -> None:
         steps = compare(folder, [4096, 16_384], args.steps, args.turns)
         parallel = compare_context_parallel(folder, 16_384, args.steps, args.turns)
     for row in steps:
+        ours, theirs = row["zoo_tokens_per_s"], row["transformers_tokens_per_s"]
         print(
-            f"{row['tokens']:>6} tokens: {row['zoo_tokens_per_s']:,.0f} tok/s beside {row['transformers_tokens_per_s']:,.0f}"
-            f" = {row['speed_ratio']:.2f}x; peak {row['zoo_peak_gib']:.2f} GiB beside "
-            f"{row['transformers_peak_gib']:.2f} = {row['memory_ratio']:.2f}x; losses differ by {row['loss_difference']:.1e}"
+            f"{row['tokens']:>6} tokens: {ours:,.0f} tok/s beside {theirs:,.0f} = {row['speed_ratio']:.2f}x; "
+            f"peak {row['zoo_peak_gib']:.2f} GiB beside {row['transformers_peak_gib']:.2f} = "
+            f"{row['memory_ratio']:.2f}x; losses differ by {row['loss_difference']:.1e}"
         )
     print(f"--cp 2 keeps {100 * parallel['kept']:.0f} % of one process's tokens/s at {parallel['tokens']} tokens")
     if args.json:

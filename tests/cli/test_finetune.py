@@ -1,4 +1,4 @@
-"""Wrong input to `zoo finetune`: one line that names the value, the rule and what to type, and the right exit status."""
+"""Wrong input to `zoo finetune`: one line that names value, rule and what to type, and the right exit status."""
 
 from __future__ import annotations
 

@@ -161,6 +161,7 @@ def test_a_file_that_becomes_shorter_after_it_was_checked(checkpoint):
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+TWICE = f'{{"a": {json.dumps(ONE)}, "a": {json.dumps(ONE)}}}'.encode()
 
 
 @pytest.mark.parametrize(
@@ -169,8 +170,9 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (with_header({"a": ONE}, b"\0" * 8, length=2**63), "truncated"),
         (with_header(b"x" * 10), "JSON"),
         (with_header(b"[" * 200_000), "JSON"),
-        (with_header(b"[]"), "safetensors"),
-        (with_header(b'{"a": 1, "a": 2}'), "appears twice"),
+        (with_header(b"[]"), "no JSON object"),
+        (with_header(TWICE, b"\0" * 8), "appears twice"),
+        (with_header({"a": ONE, "__metadata__": {"x": 1}}, b"\0" * 8), "cannot be read as safetensors"),
         (with_header(b'{"a": NaN}'), "NaN"),
         (with_header({"a": 1}), "'a'"),
         (with_header({"a": ONE | {"dtype": "I64", "shape": [1]}}, b"\0" * 8), "unquantised"),
@@ -191,8 +193,7 @@ def test_headers_that_break_the_format(tmp_path, content, word):
     file.write_bytes(content)
     with pytest.raises(DataError) as error:
         read_header(file)
-    # The library may refuse first; then the file is named and its reason given.
-    assert word in str(error.value) or "cannot be read as safetensors" in str(error.value)
+    assert word in str(error.value)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -206,10 +207,8 @@ def test_a_header_bomb_is_refused_before_it_is_parsed(tmp_path):
         read_header(file)
 
 
-def test_a_pipe_in_place_of_a_file(tmp_path):
-    import os
-
-    os.mkfifo(tmp_path / "model.safetensors")
+def test_a_device_in_place_of_a_file(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("/dev/zero")
     with pytest.raises(DataError, match="not a regular file"):
         read_header(tmp_path / "model.safetensors")
 

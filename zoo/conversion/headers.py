@@ -45,13 +45,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         size = _regular_size(file)
         fields, base = _parsed(file, size)
+        tensors = {name: _tensor(file, name, entry, base) for name, entry in fields.items() if name != "__metadata__"}
+        _check_coverage(file, tensors, base, size)
         with safe_open(str(file), framework="pt"):
-            pass
+            return tensors
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be read as safetensors ({_reason(error)}); fetch it again") from None
-    tensors = {name: _tensor(file, name, entry, base) for name, entry in fields.items() if name != "__metadata__"}
-    _check_coverage(file, tensors, base, size)
-    return tensors
 
 
 def _regular_size(file: Path) -> int:

@@ -188,6 +188,6 @@ def _empty(stats: Stats, corpus: Corpus) -> str:
     if not stats.samples:
         return f"--data {corpus.name} has no samples ({corpus.source.fingerprint}); give something with text in it"
     return (
-        f"--data {corpus.name}: no sample is left: of {stats.samples:,}, {stats.blank:,} are blank and {stats.dropped:,} "
-        "longer than a row; type --overlong split or truncate, or a larger --seq"
+        f"--data {corpus.name}: no sample is left: of {stats.samples:,}, {stats.blank:,} are blank and "
+        f"{stats.dropped:,} longer than a row; type --overlong split or truncate, or a larger --seq"
     )

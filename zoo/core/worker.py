@@ -30,5 +30,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not the interpreter's own way out: it waits for peers that are gone, and C++ threads that still run end it by abort.
+    # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.
     os._exit(status)
