@@ -172,7 +172,7 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
     out.mkdir()
     (out / "note").write_text("mine")
     model = load_ours(checkpoint)
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(DataError, match="not empty, and nothing is overwritten"):
         export(model, checkpoint, out)
     (out / "note").unlink()
     export(model, checkpoint, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -96,15 +97,27 @@ def test_damaged_state_is_one_line(run):
 
 
 class Evil:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
     def __reduce__(self):
-        return (open, ("/tmp/should-not-exist", "w"))
+        return os.mkdir, (self.directory,)
 
 
-@pytest.mark.parametrize("content", [Evil(), {"a": 1}, print], ids=["code", "another type", "a function"])
-def test_foreign_metadata_is_not_unpickled(run, content):
+def test_foreign_metadata_is_not_unpickled(run):
+    state, mark = run / "checkpoints/step-10/state", run / "mark"
+    (state / ".metadata").write_bytes(pickle.dumps(Evil(str(mark))))
+    with pytest.raises(DataError, match=r"must not name \w+\.mkdir"):
+        RunSource(state)
+    assert not mark.exists()
+
+
+def test_metadata_of_another_type(run):
     state = run / "checkpoints/step-10/state"
-    (state / ".metadata").write_bytes(pickle.dumps(content))
-    with pytest.raises(DataError, match="metadata"):
+    (state / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(DataError, match="no checkpoint metadata"):
         RunSource(state)
 
 

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from zoo.core import weights
 from zoo.core.errors import DataError
 from zoo.core.rules import Stack
-from zoo.core.weights import ModuleSource, load_into, tied_names
+from zoo.core.weights import ModuleSource, allocate, load_into, tied_names
 
 
 class Toy(nn.Module):
@@ -169,7 +169,7 @@ def test_tied_weights_survive_fsdp_on_meta(group):
         model = SPEC.build(config)
     fully_shard(model.model.layers["0"])
     fully_shard(model)
-    model.to_empty(device="cpu")
+    allocate(model, torch.device("cpu"))
     SPEC.init_buffers(model, config)
     load_into(model, ModuleSource(direct), ())
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -85,6 +85,19 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     assert "from step 2 of 4" in err
 
 
+@pytest.mark.dist
+def test_one_run_directory_takes_one_process_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    job = ("finetune", "llama3", "--seq", "256", "--steps", "2000", "--out", run)
+    first = start(*job, "--save-every", "1")
+    wait_for_workers(first, run, 0)
+    _, err = zoo(*job, "--resume", "auto", status=2)
+    assert "being trained by another process" in err
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 75, err
+
+
 def wait_for_workers(process, run, already):
     """Process ids of the ranks, once the run got further than where it began."""
     deadline = time.monotonic() + 120

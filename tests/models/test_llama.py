@@ -14,7 +14,7 @@ from tests.models.reference import draw_fields
 from zoo.core.contracts import AttentionProblem, LayoutRequest
 from zoo.core.errors import UsageError
 from zoo.core.seams import find, swap
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.weights import ModuleSource, allocate, load_into
 from zoo.models.llama3.config import parse
 from zoo.models.llama3.model import SPEC
 from zoo.models.llama3.plugin import zoo_check_layout, zoo_match_checkpoint
@@ -99,7 +99,7 @@ def test_a_model_built_on_meta_becomes_the_one_built_directly(seed):
     with torch.device("meta"):
         model = SPEC.build(config)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    model.to_empty(device="cpu")
+    allocate(model, torch.device("cpu"))
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(float("nan"))
     SPEC.init_buffers(model, config)

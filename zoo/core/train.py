@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import fcntl
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -20,21 +18,23 @@ from torch._C._distributed_c10d import HashStore
 
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
-from zoo.core.contracts import RunInfo, Tracker
+from zoo.core.contracts import RunInfo
 from zoo.core.device import accelerator_type
 from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
 from zoo.core.feed import Feed, reads_data
 from zoo.core.job import Job
 from zoo.core.launch import inside_launcher
 from zoo.core.mesh import Mesh
-from zoo.core.metrics import Meter, MetricsFile, Pending
+from zoo.core.metrics import Meter, Pending
 from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
+from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.voice import FirstRankVoice, Voice
 
 
 def train(job: Job, plugins: Plugins) -> Path:
@@ -43,18 +43,13 @@ def train(job: Job, plugins: Plugins) -> Path:
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    with _process_group() as device, _Signals() as signals:
+    with _process_group() as device, StopSignals() as signals:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())
+        lock = _alone_in(prepared.out)
         run = _Run.build(prepared, registry, device)
-        if dist.get_rank() == 0:
-            observers = Observers(plugins)
-            trackers: list[Tracker] = [registry.trackers.load(name)(run.path) for name in prepared.job.log.track]
-            _write_config(run.path, prepared.job)
-        else:
-            observers, trackers = None, []
-        voice = _Voice(run, observers, trackers)
+        voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
         try:
             _loop(run, signals, voice)
         except BaseException as error:
@@ -63,6 +58,7 @@ def train(job: Job, plugins: Plugins) -> Path:
         finally:
             if run.stream is not None:
                 run.stream.close()
+            lock.close()
         voice.ended(None)
         return run.path
 
@@ -159,7 +155,7 @@ class _Run:
         )
 
 
-def _loop(run: _Run, signals: _Signals, voice: _Voice) -> None:
+def _loop(run: _Run, signals: StopSignals, voice: Voice) -> None:
     job = run.prepared.job
     voice.started()
     while run.state.step < job.schedule.steps:
@@ -169,7 +165,7 @@ def _loop(run: _Run, signals: _Signals, voice: _Voice) -> None:
         last = step == job.schedule.steps
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
-            voice.said(run.meter.flush())
+            voice.stepped(run.meter.flush())
         if step == run.first_step + 1 or last:
             voice.noted(run.rows_read())
         if due:
@@ -178,14 +174,14 @@ def _loop(run: _Run, signals: _Signals, voice: _Voice) -> None:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
 
 
-def _save(run: _Run, voice: _Voice, *, must: bool) -> None:
+def _save(run: _Run, voice: Voice, *, must: bool) -> None:
     """Save now. In the middle of a run a failed save is a warning: the run goes on and tries again when next due."""
     try:
         voice.saved(run.state.step, run.save())
     except DataError as error:
         if must:
             raise
-        voice.warned(f"{error}. The run goes on")
+        voice.noted(f"warning: {error}. The run goes on")
 
 
 def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainState:
@@ -202,7 +198,8 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
-        weights.load_into(model, prepared.source.tensors, spec.rules(config))
+        rules = () if prepared.source.own_names else spec.rules(config)
+        weights.load_into(model, prepared.source.tensors, rules)
     else:
         torch.manual_seed(job.data.seed)
         weights.load_into(model, weights.ModuleSource(spec.build(config)), ())
@@ -251,80 +248,6 @@ def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStrea
         stream.load_state_dict(progress["cursor"])
 
 
-class _Voice:
-    """What rank 0 tells the world; silent on all others."""
-
-    def __init__(self, run: _Run, observers: Observers | None, trackers: list[Tracker]) -> None:
-        self.info = run.info
-        self.observers = observers
-        self.trackers = trackers
-        path = run.path / "metrics.jsonl"
-        self.file = MetricsFile(path, first_step=run.first_step + 1) if observers is not None else None
-
-    def started(self) -> None:
-        if self.observers is not None:
-            self.observers.run_start(run=self.info)
-
-    def said(self, steps: list[dict[str, float]]) -> None:
-        if self.observers is None or self.file is None:
-            return
-        for metrics in steps:
-            self.file.write(metrics)
-            for tracker in self.trackers:
-                tracker.log(int(metrics["step"]), metrics)
-        if steps:
-            self.observers.step_end(run=self.info, step=int(steps[-1]["step"]), metrics=steps[-1])
-
-    def saved(self, step: int, path: Path) -> None:
-        if self.observers is not None:
-            self.observers.checkpoint_saved(run=self.info, step=step, path=str(path))
-
-    def noted(self, text: str) -> None:
-        if self.observers is not None:
-            sys.stderr.write(f"{text}\n")
-
-    def warned(self, text: str) -> None:
-        if self.observers is not None:
-            sys.stderr.write(f"warning: {text}\n")
-
-    def ended(self, error: BaseException | None) -> None:
-        if self.observers is None or self.file is None:
-            return
-        for tracker in self.trackers:
-            tracker.close()
-        if error is None or isinstance(error, SavedOnSignal):
-            self.observers.run_end(run=self.info, status="done" if error is None else "saved")
-        else:
-            self.observers.run_error(run=self.info, error=error)
-
-
-class _Signals:
-    """SIGTERM and SIGINT as a wish to save and stop, shared by all ranks. The launcher's death is one too."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> _Signals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        self._parent = os.getppid()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._before.items():
-            signal.signal(number, old)
-
-    def any_rank_asked(self) -> bool:
-        orphaned = inside_launcher() and os.getppid() != self._parent
-        flag = torch.tensor([int(self._asked or orphaned)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self._asked and not inside_launcher():
-            raise KeyboardInterrupt
-        self._asked = True
-
-
 @contextmanager
 def _process_group() -> Iterator[torch.device]:
     """The world: gloo for the host, and the accelerator's own backend beside it."""
@@ -344,6 +267,25 @@ def _process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def _alone_in(run: Path) -> IO[str]:
+    """Make the run directory and lock it against a second process that would write the same checkpoints.
+
+    The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("a")
+    taken = [False]
+    if dist.get_rank() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = [True]
+    dist.broadcast_object_list(taken, src=0)
+    if taken[0]:
+        raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
+    return file
+
+
 def _same_plugins(plugins: Plugins) -> None:
     """Compare what every rank loaded, before anything depends on it. Raises PluginError."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -357,6 +299,9 @@ def _same_plugins(plugins: Plugins) -> None:
             )
 
 
-def _write_config(path: Path, job: Job) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+def _voice(run: _Run, registry: Registry) -> Voice:
+    """The voice of rank 0; leaves config.yaml on the way."""
+    job = run.prepared.job
+    (run.path / "config.yaml").write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    trackers = [registry.trackers.load(name)(run.path) for name in job.log.track]
+    return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)

@@ -81,21 +81,11 @@ class CausalLM(nn.Module):
     def __init__(self, model: Decoder, *, tie_word_embeddings: bool) -> None:
         super().__init__()
         vocab_size, hidden_size = model.embed_tokens.weight.shape
-        self.tie_word_embeddings = tie_word_embeddings
         self.model = model
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        if tie_word_embeddings:
+            self.lm_head.weight = model.embed_tokens.weight
         self.loss = TokenLoss()
-        self._tie()
-
-    def _tie(self) -> None:
-        if self.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
-        """torch gives each module its own new parameter when a model leaves the meta device; tie them again."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._tie()
-        return self
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Any = None, labels: Tensor | None = None
