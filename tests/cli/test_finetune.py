@@ -58,6 +58,7 @@ def checkpoint(tmp_path):
         (("llama3", "--set", "model.hiden_size=1"), 2, ["hiden_size", "did you mean 'hidden_size'"]),
         (("llama3", "--attn", "sdap"), 2, ["sdap", "did you mean 'sdpa'"]),
         (("llama3", "--cp-scheme", "rings", "--cp", "2"), 2, ["rings", "did you mean 'ring'"]),
+        (("llama3", "--track", "tensorbord"), 2, ["tensorbord", "did you mean 'tensorboard'"]),
         (("llama3", "--memory", "fill"), 2, ["fill", "did you mean 'full'"]),
         (("llama3", "--data", "nowhere.txt"), 5, ["nowhere.txt", "does not exist"]),
         (("llama3", "--overlong", "cut"), 2, ["data.overlong", "cut", "error, split, truncate, drop"]),

@@ -31,12 +31,14 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 def test_ten_killed_workers_leave_no_trace_in_the_losses(undisturbed, tmp_path):
     run, chance = tmp_path / "run", random.Random(0)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         already = max(Checkpoints(run, keep=1).steps(), default=0)
         process = start("finetune", *JOB, "--out", run)
         victims = wait_for_workers(process, run, already)
-        # Saving takes most of a step here, so random moments fall into saves too.
-        time.sleep(chance.uniform(0, 0.5))
+        if number % 2:
+            wait_for_a_save(run)
+        else:
+            time.sleep(chance.uniform(0, 0.5))
         os.kill(chance.choice(victims), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
         if process.returncode == 0:  # it was faster than the kill
@@ -106,6 +108,13 @@ def wait_for_workers(process, run, already):
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.02)
     return [int(pid) for pid in children(process.pid)]
+
+
+def wait_for_a_save(run):
+    """Return in the middle of the next save."""
+    deadline = time.monotonic() + 10
+    while not list((run / "checkpoints").glob(".unfinished-*/state/*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def children(pid):

@@ -64,8 +64,12 @@ class Meter:
         step_s = (time.perf_counter() - self.started) / len(self.pending)
         result = [self._metrics(p, loss, norm, step_s, memory.item()) for p, loss, norm in values]
         self.pending.clear()
-        self.started = time.perf_counter()
+        self.restart_clock()
         return result
+
+    def restart_clock(self) -> None:
+        """What was done until now, a save for one, is no step's time."""
+        self.started = time.perf_counter()
 
     def _metrics(self, pending: Pending, loss: float, norm: float, step_s: float, memory: float) -> dict[str, float]:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -93,6 +93,8 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     if not job.data.path:
         raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
     open_source(registry, job.data.path)
+    for tracker in job.log.track:
+        registry.trackers.get(tracker)
     job, hub_config, config, longer = _for_length(job, origin, registry)
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)

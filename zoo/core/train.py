@@ -127,7 +127,10 @@ class _Run:
             "model": self.prepared.hub_config,
             "cursor": self.stream.state_dict() if self.stream is not None else None,
         }
-        return self.checkpoints.save(self.state, progress, self.prepared.hub_files())
+        hub_files = self.prepared.hub_files() if dist.get_rank() == 0 else {}
+        saved = self.checkpoints.save(self.state, progress, hub_files)
+        self.meter.restart_clock()
+        return saved
 
     def rows_read(self) -> str:
         """What became of the samples so far. Nothing is left out in silence."""
@@ -158,6 +161,7 @@ class _Run:
 def _loop(run: _Run, signals: StopSignals, voice: Voice) -> None:
     job = run.prepared.job
     voice.started()
+    run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         run.meter.add(run.step())
         step = run.state.step
