@@ -10,7 +10,7 @@ import click
 
 from zoo.cli.session import Session, pass_session
 from zoo.cli.table import table
-from zoo.core.contracts import ModelEntry
+from zoo.core.entries import ModelEntry
 from zoo.core.units import format_count, format_tokens
 
 _HEADER = ("MODEL", "SIZE", "PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB", "CHECKPOINT", "FROM")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zoo.core.contracts import ConverterEntry
+from zoo.core.entries import ConverterEntry
 from zoo.core.hookspecs import hookimpl
 
 ZOO_PLUGIN_API = 1

@@ -42,14 +42,16 @@ class ModelEntry(Entry):
     """Size name to settings that suit it, as dotted keys of a job: `{"optim.lr": 1e-3}`. A user's word wins."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionEntry(Entry):
     """An attention backend; the target is a class whose instances are `AttentionBackend`s."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class ContextSchemeEntry(Entry):
     """A context scheme; the target is a class whose instances are `ContextScheme`s."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +62,16 @@ class ParallelAdapterEntry(Entry):
     """The mesh axes it gives a meaning to. A degree above 1 on an axis nobody serves is an error."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPolicyEntry(Entry):
     """A memory policy; the target is a class whose instances are `MemoryPolicy`s."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class ConverterEntry(Entry):
     """A checkpoint format of somebody else's; the target is a `Converter`."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +82,13 @@ class DataFormatEntry(Entry):
     """What is done by default with a sample longer than a row: `error`, `split`, `truncate`, `drop`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrackerEntry(Entry):
     """A metrics sink asked for with `--track NAME`; the target is called with the run directory."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class CommandEntry(Entry):
     """A click command; `help` is shown by `zoo --help` without importing the target."""
+
+    __slots__ = ()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from zoo.core.contracts import Entry
+from zoo.core.entries import Entry
 from zoo.core.errors import PluginError, UsageError, ZooError, one_line
 from zoo.core.plugins import Plugins, PluginStatus
 from zoo.core.suggest import did_you_mean, normalised

@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from zoo.core import hookspecs
-from zoo.core.contracts import (
+from zoo.core.entries import (
     AttentionEntry,
     CommandEntry,
     ContextSchemeEntry,

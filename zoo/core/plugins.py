@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pluggy
 
 from zoo.core import hookspecs
-from zoo.core.contracts import Entry
+from zoo.core.entries import Entry
 from zoo.core.errors import PluginError, one_line
 from zoo.core.plugin_checks import PluginProblem, gathered_entries, implemented_hooks
 from zoo.core.plugin_sources import Source, file_source, installed_sources

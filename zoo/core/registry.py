@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo.core.contracts import (
+from zoo.core.entries import (
     AttentionEntry,
-    AttentionProblem,
     CommandEntry,
     ContextSchemeEntry,
     ConverterEntry,
     DataFormatEntry,
-    DataSource,
-    LayoutRequest,
     MemoryPolicyEntry,
     ModelEntry,
     ParallelAdapterEntry,
-    RunInfo,
     TrackerEntry,
 )
 from zoo.core.errors import PluginError, ZooError, one_line
+from zoo.core.formats import DataSource, RunInfo
 from zoo.core.lookup import Clash, Lookup
 from zoo.core.plugins import Plugins, PluginStatus
+
+if TYPE_CHECKING:
+    from zoo.core.contracts import AttentionProblem, LayoutRequest
 
 
 class Registry:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo.core.contracts import LayoutRequest, ModelEntry
+from zoo.core.entries import ModelEntry
 from zoo.core.hookspecs import hookimpl
 from zoo.models.common.rope_parameters import rope_for_length
 from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, PARAMETERS, SIZES, TINY, LlamaConfig, parse
+
+if TYPE_CHECKING:
+    from zoo.core.contracts import LayoutRequest
 
 ZOO_PLUGIN_API = 1
 NAME = "llama3"

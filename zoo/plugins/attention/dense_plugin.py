@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import AttentionEntry
+from zoo.core.entries import AttentionEntry
 from zoo.core.hookspecs import hookimpl
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from zoo.core.contracts import AttentionEntry, AttentionProblem
+from zoo.core.entries import AttentionEntry
 from zoo.core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from zoo.core.contracts import AttentionProblem
 
 
 @hookimpl

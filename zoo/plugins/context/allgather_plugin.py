@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ContextSchemeEntry
+from zoo.core.entries import ContextSchemeEntry
 from zoo.core.hookspecs import hookimpl
 
 

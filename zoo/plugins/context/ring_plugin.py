@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from zoo.core.contracts import ContextSchemeEntry, LayoutRequest
+from zoo.core.entries import ContextSchemeEntry
 from zoo.core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from zoo.core.contracts import LayoutRequest
 
 
 @hookimpl

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from zoo.core.contracts import Record, Sample
 from zoo.core.errors import DataError
+from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
 
 Span: TypeAlias = tuple[int, int]

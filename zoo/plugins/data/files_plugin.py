@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import DataSource
+from zoo.core.formats import DataSource
 from zoo.core.hookspecs import hookimpl
 from zoo.plugins.data.files import open_files
 

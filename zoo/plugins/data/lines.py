@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.core.contracts import Record
 from zoo.core.errors import DataError
+from zoo.core.formats import Record
 
 MAX_LINE_BYTES = 1 << 28
 """A longer line is taken for a mistake, and is not read into memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import Record, Sample
+from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
 from zoo.plugins.data.conversation import Conversation, checked_messages, template_variables
 

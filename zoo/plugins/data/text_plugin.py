@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from zoo.core.contracts import DataFormatEntry
+from zoo.core.entries import DataFormatEntry
 from zoo.core.hookspecs import hookimpl
 
 TEXT = DataFormatEntry(

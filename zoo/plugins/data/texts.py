@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from zoo.core.contracts import Record
 from zoo.core.errors import DataError
+from zoo.core.formats import Record
 
 PIECE_BYTES = 1 << 22
 """A larger file becomes several records of about this size, cut at the ends of lines: memory stays bounded."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from zoo.core.contracts import MemoryPolicyEntry
+from zoo.core.entries import MemoryPolicyEntry
 from zoo.core.hookspecs import hookimpl
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ParallelAdapterEntry
+from zoo.core.entries import ParallelAdapterEntry
 from zoo.core.hookspecs import hookimpl
 
 

@@ -1,6 +1,6 @@
 """Fully sharded data parallelism over dp_shard x cp."""
 
-from zoo.core.contracts import ParallelAdapterEntry
+from zoo.core.entries import ParallelAdapterEntry
 from zoo.core.hookspecs import hookimpl
 
 

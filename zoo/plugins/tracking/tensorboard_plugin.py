@@ -1,6 +1,6 @@
 """Metrics to TensorBoard, when asked for with `--track tensorboard`."""
 
-from zoo.core.contracts import TrackerEntry
+from zoo.core.entries import TrackerEntry
 from zoo.core.hookspecs import hookimpl
 
 
