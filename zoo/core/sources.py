@@ -78,7 +78,8 @@ def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
         if path is not None:
             return converter.open(path)
     forms = ", ".join(registry.converters.names()) or "none"
-    raise UsageError(f"{source}: no checkpoint in a form known here (forms: {forms}); see `zoo plugins`")
+    what = "holds no checkpoint" if Path(source).exists() else "does not exist, and is no hub id of the form owner/name"
+    raise UsageError(f"{source} {what} (forms known here: {forms}; a Hugging Face directory has a config.json)")
 
 
 def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint:
