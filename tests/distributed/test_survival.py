@@ -69,6 +69,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
 
 
 @pytest.mark.dist
+def test_a_second_signal_aborts_at_once_and_leaves_no_rank_behind(tmp_path):
+    run = tmp_path / "run"
+    process = start("finetune", "llama3", "--seq", "16k", "--cp", "2", "--steps", "99", "--out", run)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert Checkpoints(run, keep=1).steps() == []
+    assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.dist
 def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     run = tmp_path / "run"
     job = ("finetune", "llama3", "--seq", "256", "--save-every", "1", "--out", run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -86,8 +87,11 @@ class Office:
         """Leave this rank's process id, so that signals reach it."""
         (self.root / f"{rank}.pid").write_text(str(os.getpid()))
 
-    def pids(self) -> list[int]:
-        return [int(text) for path in self.root.glob("*.pid") if (text := path.read_text())]
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every rank that has checked in and still lives."""
+        for text in (path.read_text() for path in self.root.glob("*.pid")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(text), number)
 
     def report(self, rank: int, error: BaseException) -> None:
         """Leave an error for the launcher to raise."""
@@ -138,16 +142,13 @@ def _forward_signals(office: Office) -> Callable[[], None]:
     def handler(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
+            office.send(signal.SIGKILL)
             raise KeyboardInterrupt
         asked = True
         sys.stderr.write(
             f"{signal.Signals(number).name}: finishing the step, then saving. Again aborts without saving.\n"
         )
-        for pid in office.pids():
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                continue
+        office.send(signal.SIGTERM)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
 
