@@ -188,6 +188,28 @@ def test_an_undamaged_checkpoint_in_two_shards_trains(checkpoint, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_run_that_failed_to_start_does_not_hold_its_directory(capsys, checkpoint, tmp_path):
+    args = (
+        "llama3",
+        "--from",
+        checkpoint,
+        "--data",
+        __file__,
+        "--seq",
+        "64",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    )
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    first = refused(capsys, *args, status=5)
+    assert refused(capsys, *args, status=5) == first
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert main(["finetune", *map(str, args)]) == 0
+
+
 def test_a_run_can_be_repeated_from_its_config(tmp_path):
     run_zoo("finetune", "llama3", "--seq", "64", "--steps", "2", "--dtype", "float64", "--out", tmp_path / "a")
     run_zoo("finetune", "-c", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b")

@@ -18,12 +18,6 @@ class UsageError(ZooError):
     exit_code = 2
 
 
-class DoesNotFitError(ZooError):
-    """The job needs more memory than the machine has."""
-
-    exit_code = 3
-
-
 class PluginError(ZooError):
     """A plugin is missing, broken, or clashes with another."""
 

@@ -47,20 +47,19 @@ def train(job: Job, plugins: Plugins) -> Path:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())
-        lock = _alone_in(prepared.out)
-        run = _Run.build(prepared, registry, device)
-        voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
-        try:
-            _loop(run, signals, voice)
-        except BaseException as error:
-            voice.ended(error)
-            raise
-        finally:
-            if run.stream is not None:
-                run.stream.close()
-            lock.close()
-        voice.ended(None)
-        return run.path
+        with _alone_in(prepared.out):
+            run = _Run.build(prepared, registry, device)
+            voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+            try:
+                _loop(run, signals, voice)
+            except BaseException as error:
+                voice.ended(error)
+                raise
+            finally:
+                if run.stream is not None:
+                    run.stream.close()
+            voice.ended(None)
+            return run.path
 
 
 @dataclass(slots=True)
