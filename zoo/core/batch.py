@@ -51,7 +51,27 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[Row]) -> Batch:
+MASKS = ("causal", "prefix", "full")
+"""What a token sees of its document: those before it, the prompt too, everything."""
+
+
+def row_mask(length: int, documents: tuple[tuple[int, int], ...], labels: np.ndarray[Any, Any], kind: str) -> Mask:
+    """The mask of a row of one of `MASKS`.
+
+    A prompt is what lies before the first token that is trained on; a document without one is all prompt.
+    """
+    if kind != "prefix":
+        return Mask(length, documents, causal=kind == "causal")
+    return Mask(length, documents, prefixes=tuple(_prompt(labels[start:stop]) for start, stop in documents))
+
+
+def _prompt(labels: np.ndarray[Any, Any]) -> int:
+    """Tokens before the first trained one. It is the label of the token before it."""
+    trained = np.flatnonzero(labels != IGNORE)
+    return int(trained[0]) + 1 if len(trained) else len(labels)
+
+
+def collate(rows: Sequence[Row], *, mask: str = "causal") -> Batch:
     """Rows laid end to end as one: documents never see each other, so this is the same function as a batch of rows."""
     tokens = np.concatenate([row.tokens for row in rows])
     labels = np.concatenate([row.labels for row in rows])
@@ -67,5 +87,5 @@ def collate(rows: Sequence[Row]) -> Batch:
         tokens=torch.from_numpy(tokens)[None],
         labels=torch.from_numpy(labels)[None],
         positions=torch.from_numpy(positions)[None],
-        mask=Mask(length=offset, documents=tuple(documents)),
+        mask=row_mask(offset, tuple(documents), labels, mask),
     )

@@ -8,7 +8,6 @@ from typing import TypeVar
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
-    ContextScheme,
     LayoutRequest,
     MemoryPolicy,
     ModelConfig,
@@ -47,26 +46,6 @@ def choose_attention(job: Job, registry: Registry, problem: AttentionProblem) ->
     return _chosen(
         backends, reasons, registry.select_attention(problem, able), registry.decider("zoo_select_attention")
     )
-
-
-def choose_scheme(job: Job, registry: Registry, request: LayoutRequest) -> tuple[ContextScheme | None, str]:
-    """The context scheme asked for or chosen; None without context parallelism. Raises UsageError if none can."""
-    wanted, degree = job.layout.cp_scheme, request.degrees["cp"]
-    if wanted != "auto":
-        registry.context_schemes.get(wanted)
-    if degree == 1:
-        return None, ""
-    names = [wanted] if wanted != "auto" else registry.context_schemes.names()
-    schemes: dict[str, ContextScheme] = {name: registry.context_schemes.load(name)() for name in names}
-    reasons = {name: scheme.check(request.problem, request.seq, degree) for name, scheme in schemes.items()}
-    able = _able(reasons)
-    if not able:
-        first = next(iter(reasons.values()), None)
-        raise UsageError(first or f"--cp {degree} needs a context scheme and no plugin provides one; see `zoo plugins`")
-    if wanted != "auto":
-        return schemes[wanted], f"{wanted} (asked for)"
-    name = registry.select_context_scheme(request, able)
-    return _chosen(schemes, reasons, name, registry.decider("zoo_select_context_scheme"))
 
 
 def check_layout(registry: Registry, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:

@@ -72,10 +72,10 @@ from zoo.core.formats import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.distributed import ProcessGroup
 
     from zoo.core.attention.layout import SequenceLayout
     from zoo.core.attention.mask import Mask
+    from zoo.core.attention.wire import Link
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.rules import Rule
@@ -139,6 +139,8 @@ class ModelSpec:
     plan: Callable[[Any], ParallelPlan]
     flops_per_token: Callable[[Any, float], float]
     """(config, mean number of keys a token sees) to forward plus backward FLOPs."""
+    windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
+    """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
     override: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, over: {**fields, **over}
     """`hub_config`'s fields with some set anew, kept consistent where one fact has several fields (RoPE)."""
@@ -156,6 +158,8 @@ class SliceRule(IntEnum):
     """All of them."""
     CAUSAL = 1
     """Both ranges have the same length; row i sees keys 0 to i."""
+    ANTICAUSAL = 2
+    """Both ranges have the same length; row i sees keys i to the end. Core turns it into CAUSAL for kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,15 @@ class AttentionSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """The heads of one attention layer, as a rank holds them."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
     """What an attention backend is asked to compute, for `supports`."""
 
@@ -187,12 +200,16 @@ class AttentionProblem:
     num_heads: int
     num_kv_heads: int
 
+    @property
+    def heads(self) -> HeadShape:
+        return HeadShape(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+
 
 class AttentionBackend(Protocol):
     """A kernel: attention over slices. Knows nothing of ranks, documents or layouts.
 
-    Slices may cover a query row several times (the result is the softmax over all its keys) or never
-    (then out is 0 and lse is -inf). Grouped-query heads are not repeated: query head n reads head
+    Slices are FULL or CAUSAL. They may cover a query row several times (the result is the softmax over all its keys)
+    or never (then out is 0 and lse is -inf). Grouped-query heads are not repeated: query head n reads head
     n // (N // G).
     """
 
@@ -224,39 +241,76 @@ class AttentionBackend(Protocol):
         """Gradients of these slices given the row's *final* out and lse: dq, dk, dv, in dtypes as out's forward."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a rank sends, in bytes, while it computes so many scores (visible pairs times query heads)."""
+
+    sent: int
+    scores: int
+
+
+class ContextPlan(Protocol):
+    """Everything a rank computes and sends for one mask, layout and shape of heads. Made on the host."""
+
+    def stages(self, value_bytes: int, gradient_bytes: int) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """Forward and backward as stages, one after another; bytes are those of one number of K/V and of dK/dV.
+
+        They say for one row of a batch what will be sent and what hides it; tests hold the wire against them.
+        """
+
+
 class ContextScheme(Protocol):
     """How K/V or heads travel between the ranks of one context-parallel group."""
 
     name: str
+    splits_rows: bool
+    """Whether a rank computes the rows it holds. If not (heads are dealt out), the layout need not balance scores."""
 
     def check(self, problem: AttentionProblem, length: int, degree: int) -> str | None:
         """None if it can, otherwise the reason why not, with what to type instead."""
 
-    def layout(self, length: int, degree: int) -> SequenceLayout:
-        """The layout it runs best with."""
-
-    def plan(self, mask: Mask, layout: SequenceLayout, rank: int) -> Any:
+    def plan(self, mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape) -> ContextPlan:
         """Everything a rank computes and sends for this mask and layout. Host only, once per batch."""
 
     def forward(
-        self, backend: AttentionBackend, plan: Any, group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's rows of q, k, v to its rows of out and lse, in fp32 or better."""
+        self, backend: AttentionBackend, plan: Any, link: Link, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """This rank's rows of q, k, v to its rows of out, and what backward needs.
+
+        What backward needs ends with out and lse of the rows and heads that this rank computed.
+        """
 
     def backward(
-        self,
-        backend: AttentionBackend,
-        plan: Any,
-        group: ProcessGroup,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, backend: AttentionBackend, plan: Any, link: Link, dout: Tensor, saved: tuple[Tensor, ...], scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's rows of dq, dk, dv, complete over all ranks, in fp32 or better."""
+        """This rank's rows of dq, dk, dv, complete over all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a scheme is expected to cost one layer of one kind, forward and backward together."""
+
+    sent: tuple[int, int]
+    """Bytes that the busiest rank sends, forward and backward."""
+    hidden: float
+    """Share of the time on the wire that computation hides."""
+    seconds: float
+    compute_seconds: float
+    """Of these, what computation alone would take on the busiest rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSetup:
+    """How rows are shared out over `cp`, as chosen."""
+
+    schemes: Mapping[int | None, ContextScheme]
+    """By the sliding window of a layer."""
+    windows: Mapping[int | None, int]
+    """How many layers have which window."""
+    balance: str = "auto"
+    """auto, head-tail, balanced or contiguous."""
+    wire: str | None = None
+    """Type in which numbers travel, if not their own."""
 
 
 # Layout and memory --------------------------------------------------------------------------------
@@ -289,7 +343,10 @@ class LayoutRequest:
     model: str
     config: ModelConfig
     problem: AttentionProblem
-    scheme: ContextScheme | None = None
+    windows: Mapping[int | None, int] = field(default_factory=dict)
+    """How many layers have which sliding window; None is no window."""
+    schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
+    """The context scheme of layers by their window; empty without context parallelism."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +354,7 @@ class Setup:
     """What was chosen for this run, handed to adapters."""
 
     seq: int
-    scheme: ContextScheme | None
+    context: ContextSetup | None
     dtype: str
     """Type of the arithmetic."""
     master_dtype: str

@@ -6,11 +6,24 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
+Default = TypeVar("Default", float, None)
+
 # Dense peak of one accelerator in bf16, TFLOP/s, from the vendors' data sheets; matched as part of the device name.
 _PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0}
+
+# What one rank sends a second to a neighbour on the same machine, by the same sheets: NVLink, or PCIe where there is none.
+_LINK_BYTES = {"B200": 900e9, "H200": 450e9, "H100": 450e9, "A100": 300e9, "L40S": 32e9, "L4": 32e9, "A10": 32e9}
+_NETWORK_BYTES = 50e9
+"""A 400 Gbit/s adapter for each accelerator."""
+_ATTENTION_SHARE = 0.5
+"""Of the peak that attention kernels reach, forward and backward."""
+_CORE_FLOPS, _LOOPBACK_BYTES = 50e9, 1e9
+"""A core with wide vectors in fp32, and gloo between processes of a machine: for forecasts only."""
 
 
 def accelerator_type() -> str | None:
@@ -40,9 +53,23 @@ def memory_bytes() -> int:
 def peak_tflops(dtype: str, ranks: int) -> float | None:
     """Peak of one rank: the data sheet's for a known accelerator, measured on a CPU shared by `ranks`; else None."""
     if accelerator_type() is not None:
-        name = torch.accelerator.current_accelerator() and torch.cuda.get_device_name(0)
-        return next((peak for part, peak in _PEAK_TFLOPS.items() if part in str(name)), None)
+        return _known(_PEAK_TFLOPS, None)
     return _measured_tflops(getattr(torch, dtype)) / ranks
+
+
+def attention_flops(dtype: str, ranks: int) -> float:
+    """FLOP/s that a rank's attention is expected to reach. A constant of the machine, so that all ranks agree."""
+    if accelerator_type() is None:
+        return _CORE_FLOPS * min(1.0, num_cores() / ranks) * (0.5 if dtype == "float64" else 1.0)
+    peak = _known(_PEAK_TFLOPS, 312.0) * 1e12
+    return _ATTENTION_SHARE * peak / (8 if dtype == "float32" else 1)
+
+
+def link_bytes(ranks: int) -> float:
+    """Bytes a second that a rank of a group of so many is expected to send to another."""
+    if accelerator_type() is None:
+        return _LOOPBACK_BYTES
+    return _known(_LINK_BYTES, 32e9) if ranks <= num_accelerators() else _NETWORK_BYTES
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -51,6 +78,12 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _known(table: Mapping[str, float], default: Default) -> float | Default:
+    """What a table says of this machine's accelerator."""
+    name = torch.cuda.get_device_name(0) if accelerator_type() == "cuda" else ""
+    return next((value for part, value in table.items() if part in name), default)
 
 
 def _measured_tflops(dtype: torch.dtype, size: int = 1024) -> float:

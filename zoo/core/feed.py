@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from zoo.core.attention.mask import Mask
-from zoo.core.batch import Batch, Row, collate
+from zoo.core.batch import Batch, Row, collate, row_mask
 from zoo.core.contracts import ParallelAdapter, Setup
 from zoo.core.errors import ZooError
 from zoo.core.mesh import PEER_AXES, Degrees, Mesh
@@ -48,6 +47,8 @@ class Feed:
         setup: Setup,
         global_batch: int,
         micro_batch: int,
+        mask: str = "causal",
+        windows: Mapping[int | None, int] | None = None,
     ) -> None:
         self.stream = stream
         self.mesh = mesh
@@ -55,6 +56,8 @@ class Feed:
         self.setup = setup
         self.global_batch = global_batch
         self.micro_batch = micro_batch
+        self.mask = mask
+        self.windows = windows or {None: 1}
         per_rank = global_batch // degrees.dp
         first = (mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
         self.mine = slice(first, first + per_rank)
@@ -80,12 +83,18 @@ class Feed:
             rows = self.stream.take(self.global_batch)
         except ZooError as error:
             return error
-        seen = sum(Mask(length=len(row.tokens), documents=row.documents).area for row in rows)
+        seen = sum(self._visible(row) for row in rows)
         tokens = sum(len(row.tokens) for row in rows)
         return rows[self.mine], sum(row.trained_tokens for row in rows), seen / tokens
 
+    def _visible(self, row: Row) -> float:
+        """Pairs (query, key) that a layer sees in a row, in the mean over layers."""
+        mask = row_mask(len(row.tokens), row.documents, row.labels, self.mask)
+        areas = sum(mask.with_window(window).area * layers for window, layers in self.windows.items())
+        return areas / sum(self.windows.values())
+
     def _batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
-        batch = collate(rows)
+        batch = collate(rows, mask=self.mask)
         for adapter in self.adapters:
             batch = adapter.shard_batch(batch, self.mesh, self.setup)
         return batch.to(device)

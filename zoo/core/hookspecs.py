@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConverterEntry,
         DataFormatEntry,
         DataSource,
+        Forecast,
         LayoutRequest,
         MemoryPolicyEntry,
         ModelEntry,
@@ -88,8 +89,10 @@ def zoo_select_attention(problem: AttentionProblem, candidates: Sequence[str]) -
 
 
 @hookspec(firstresult=True)
-def zoo_select_context_scheme(request: LayoutRequest, candidates: Sequence[str]) -> str | None:
-    """Choose among the schemes that can run the layout, for `--cp-scheme auto`."""
+def zoo_select_context_scheme(
+    request: LayoutRequest, window: int | None, candidates: Mapping[str, Forecast]
+) -> str | None:
+    """Choose for layers with a sliding window (or none) among the schemes that can, for `--cp-scheme auto`."""
 
 
 @hookspec(firstresult=True)

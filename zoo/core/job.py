@@ -88,13 +88,20 @@ class LayoutSection:
     tp: int = 1
     ep: int = 1
     cp_scheme: str = "auto"
+    """A scheme for all layers, or two, `ring,halo`: for layers without a sliding window and for those with one."""
+    cp_balance: str = "auto"
+    """How rows are cut: head-tail, balanced (equal tokens and scores), contiguous; auto takes what suits the row."""
+    cp_wire: str | None = None
+    """Type in which K/V and their gradients travel between ranks, if narrower than their own: bfloat16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSection:
-    """Which kernel."""
+    """Which kernel, and what a token sees of its document."""
 
     backend: str = "auto"
+    mask: str = "causal"
+    """causal; prefix: the tokens before the first trained one see each other; full: everybody sees everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

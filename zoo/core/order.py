@@ -37,7 +37,7 @@ def build(
     plan = spec.plan(config)
     for glob in (plan.block, *plan.tensor, *plan.expert, *plan.seams.values(), *plan.first, *plan.last):
         find(model, glob)
-    swap(model, plan.seams["attention"], lambda _old: AttentionSeam(backend), owner="core")
+    swap(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
         (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, setup)) for adapter in adapters
     ]
@@ -47,3 +47,8 @@ def build(
     weights.allocate(model, device)
     spec.init_buffers(model, config)
     return model
+
+
+def _seam(core: nn.Module, backend: AttentionBackend) -> AttentionSeam:
+    """The seam in place of a family's own core, whose attribute `window`, if any, is the layer's sliding window."""
+    return AttentionSeam(backend, window=getattr(core, "window", None))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zoo.core.choices import check_layout, choose_attention, choose_policy, choose_scheme, describe_layout
+from zoo.core.attention.row_layout import BALANCES
+from zoo.core.batch import MASKS
+from zoo.core.choices import check_layout, choose_attention, choose_policy, describe_layout
+from zoo.core.context_choice import choose_schemes, settled
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
-    ContextScheme,
+    ContextSetup,
     HubCheckpoint,
     LayoutRequest,
     MemoryPolicy,
@@ -39,6 +43,9 @@ _CHOICES = {
     "schedule.decay": ("cosine", "linear", "constant"),
     "data.overlong": (None, "error", "split", "truncate", "drop"),
     "data.loss_on": ("assistant", "completion", "last", "all"),
+    "attention.mask": MASKS,
+    "layout.cp_balance": BALANCES,
+    "layout.cp_wire": (None, "bfloat16", "float16", "float32"),
 }
 _AT_LEAST_ONE = ("schedule.steps", "checkpoint.every", "checkpoint.keep", "log.every", "data.micro_batch")
 
@@ -56,7 +63,8 @@ class Prepared:
     global_batch: int
     setup: Setup
     backend: AttentionBackend
-    scheme: ContextScheme | None
+    windows: Mapping[int | None, int]
+    """How many layers have which sliding window."""
     adapters: Sequence[ParallelAdapter]
     policy: MemoryPolicy
     notes: Sequence[tuple[str, str]]
@@ -101,16 +109,24 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
     problem = _problem(config, dtype)
     backend, why_backend = choose_attention(job, registry, problem)
+    windows = _windows(job, origin, config)
     request = LayoutRequest(
-        degrees=degrees.mapping(), seq=job.data.seq, model=origin.entry.name, config=config, problem=problem
+        degrees=degrees.mapping(),
+        seq=job.data.seq,
+        model=origin.entry.name,
+        config=config,
+        problem=problem,
+        windows=windows,
     )
-    scheme, why_scheme = choose_scheme(job, registry, request)
+    schemes, why_schemes = choose_schemes(job, registry, request)
     # Weights and optimizer state are never held below fp32.
     master = "float32" if dtype == "bfloat16" else dtype
-    setup = Setup(seq=job.data.seq, scheme=scheme, dtype=dtype, master_dtype=master)
-    adapters = check_layout(registry, replace(request, scheme=scheme), setup)
+    balance, wire = job.layout.cp_balance, job.layout.cp_wire
+    context = ContextSetup(schemes=schemes, windows=windows, balance=balance, wire=wire) if schemes else None
+    setup = Setup(seq=job.data.seq, context=context, dtype=dtype, master_dtype=master)
+    adapters = check_layout(registry, replace(request, schemes=schemes), setup)
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
-    job = _settled(job, dtype, degrees, backend, scheme, policy)
+    job = settled(_settled(job, dtype, degrees, backend, policy), schemes)
     job = job.replace("checkpoint", out=job.checkpoint.out or _default_out(job, origin))
     notes = (
         ("run", f"{job.checkpoint.out} (the same command resumes it)"),
@@ -118,7 +134,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {global_batch} a step"),
         ("layout", describe_layout(adapters, degrees)),
         ("attention", why_backend),
-        *((("context", why_scheme),) if scheme else ()),
+        *(("context", why) for why in why_schemes),
         ("memory", why_policy),
     )
     return Prepared(
@@ -130,7 +146,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         global_batch=global_batch,
         setup=setup,
         backend=backend,
-        scheme=scheme,
+        windows=windows,
         adapters=adapters,
         policy=policy,
         notes=notes,
@@ -204,18 +220,28 @@ def _problem(config: Any, dtype: str) -> AttentionProblem:
     )
 
 
+def _windows(job: Job, origin: Origin, config: Any) -> dict[int | None, int]:
+    """How many layers have which window. Raises UsageError where one has no meaning under the job's mask."""
+    windows = Counter(origin.spec.windows(config))
+    narrow = next((window for window in windows if window is not None), None)
+    if narrow is not None and job.attention.mask != "causal":
+        raise UsageError(
+            f"attention.mask is {job.attention.mask} and {origin.entry.name} has layers with a sliding window of "
+            f"{narrow} tokens, which narrows a causal mask only; leave attention.mask causal"
+        )
+    return dict(windows)
+
+
 def _settled(
     job: Job,
     dtype: str,
     degrees: Degrees,
     backend: AttentionBackend,
-    scheme: ContextScheme | None,
     policy: MemoryPolicy,
 ) -> Job:
     """The job with every choice written in, so that config.yaml runs the same again."""
     job = job.replace("model", dtype=dtype).replace("attention", backend=backend.name)
-    job = job.replace("memory", policy=policy.name).replace("layout", dp_shard=degrees.dp_shard)
-    return job.replace("layout", cp_scheme=scheme.name) if scheme else job
+    return job.replace("memory", policy=policy.name).replace("layout", dp_shard=degrees.dp_shard)
 
 
 def _default_out(job: Job, origin: Origin) -> str:

@@ -23,7 +23,7 @@ from zoo.core.lookup import Clash, Lookup
 from zoo.core.plugins import Plugins, PluginStatus
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import AttentionProblem, LayoutRequest
+    from zoo.core.contracts import AttentionProblem, Forecast, LayoutRequest
 
 
 class Registry:
@@ -59,9 +59,13 @@ class Registry:
         """The first choice of a plugin, None if none has one. Raises PluginError for one outside `candidates`."""
         return self._choice("zoo_select_attention", candidates, problem=problem, candidates=candidates)
 
-    def select_context_scheme(self, request: LayoutRequest, candidates: Sequence[str]) -> str | None:
+    def select_context_scheme(
+        self, request: LayoutRequest, window: int | None, candidates: Mapping[str, Forecast]
+    ) -> str | None:
         """As `select_attention`."""
-        return self._choice("zoo_select_context_scheme", candidates, request=request, candidates=candidates)
+        return self._choice(
+            "zoo_select_context_scheme", list(candidates), request=request, window=window, candidates=candidates
+        )
 
     def select_memory_policy(
         self, saved_bytes: Mapping[str, int], budget_bytes: int, candidates: Sequence[str]

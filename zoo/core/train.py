@@ -101,6 +101,8 @@ class _Run:
             setup=prepared.setup,
             global_batch=prepared.global_batch,
             micro_batch=job.data.micro_batch,
+            mask=job.attention.mask,
+            windows=prepared.windows,
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
         return cls(prepared, state, feed, stream, checkpoints, meter, device, path, state.step)

@@ -37,6 +37,24 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def format_duration(seconds: float) -> str:
+    """Less than a minute as `12 us`, `3.1 ms` or `4.2 s`; more as `format_seconds`."""
+    if seconds >= 60:
+        return format_seconds(seconds)
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def format_bytes(count: float) -> str:
+    """As `235 MB` or `1.2 GB`, in powers of ten as links are rated."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
 def format_count(count: float) -> str:
     """8030261248 as `8.03B`."""
     for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):

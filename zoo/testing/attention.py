@@ -36,6 +36,9 @@ MASKS = {
     "tiny documents": Mask(96, tuple((at, at + 3) for at in range(0, 96, 3))),
     "only padding": Mask(96, ()),
     "not causal": Mask(96, ((0, 40), (40, 90)), causal=False),
+    "prefixes": Mask(96, ((0, 40), (40, 90)), prefixes=(13, 50)),
+    "a window": Mask.whole(96, window=17),
+    "a window over documents": Mask(96, ((0, 7), (7, 50), (51, 52), (60, 91)), window=8),
 }
 
 Tensors = tuple[Tensor, ...]
@@ -132,15 +135,34 @@ def reference(x: Example, mask: Mask) -> Tensors:
     """out, dq, dk, dv by the formula in fp64, with the mask as a matrix and torch's autograd."""
     q, k, v = (t.detach().double().requires_grad_() for t in (x.q, x.k, x.v))
     repeats = q.shape[1] // k.shape[1]
-    visible = torch.zeros(mask.length, mask.length, dtype=torch.bool, device=q.device)
-    for start, stop in mask.documents:
-        block = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device)
-        visible[start:stop, start:stop] = block.tril() if mask.causal else block
+    visible = visible_matrix(mask).to(q.device)
     scores = q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * x.scale
     # A finite minimum keeps rows without keys free of NaN; the product with `visible` makes them zero.
     weights = scores.masked_fill(~visible, -1e300).softmax(-1) * visible
     out = weights @ v.repeat_interleave(repeats, 1)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), x.dout.double())
+
+
+def reference_lse(x: Example, mask: Mask) -> Tensor:
+    """lse `[B, N, T]` by the formula in fp64; -inf for rows without keys."""
+    repeats = x.q.shape[1] // x.k.shape[1]
+    scores = x.q.double() @ x.k.double().repeat_interleave(repeats, 1).transpose(-1, -2) * x.scale
+    return scores.masked_fill(~visible_matrix(mask).to(x.q.device), -torch.inf).logsumexp(-1)
+
+
+def visible_matrix(mask: Mask) -> Tensor:
+    """The mask from its definition, `[length, length]`: query i sees key j."""
+    visible = torch.zeros(mask.length, mask.length, dtype=torch.bool)
+    for number, (start, stop) in enumerate(mask.documents):
+        block = torch.ones(stop - start, stop - start, dtype=torch.bool)
+        if mask.causal:
+            block = block.tril()
+        if mask.window is not None:
+            block = block.triu(1 - mask.window)
+        if mask.prefixes:
+            block[:, : mask.prefixes[number]] = True
+        visible[start:stop, start:stop] = block
+    return visible
 
 
 def shared_attention(backend: AttentionBackend, x: Example, mask: Mask, layout: SequenceLayout) -> Tensors:

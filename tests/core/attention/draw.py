@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
+from zoo.core.contracts import SliceRule
 
 # Examples take as long as the machine is busy, so time is no reason to fail.
 patient = settings(deadline=None, max_examples=80)
@@ -18,7 +19,12 @@ def masks(draw, min_length=1, max_length=80):
     stretches = list(zip(cuts, cuts[1:]))
     kept = draw(st.lists(st.integers(0, 3), min_size=len(stretches), max_size=len(stretches)))
     documents = tuple(part for part, keep in zip(stretches, kept) if keep)
-    return Mask(length, documents, causal=draw(st.sampled_from([True, True, False])))
+    kind = draw(st.sampled_from(["causal", "causal", "window", "window", "prefix", "full"]))
+    if kind == "window":
+        return Mask(length, documents, window=draw(st.integers(1, length + 2)))
+    if kind == "prefix" and documents:
+        return Mask(length, documents, prefixes=tuple(draw(st.integers(0, b - a)) for a, b in documents))
+    return Mask(length, documents, causal=kind != "full")
 
 
 @st.composite
@@ -37,12 +43,13 @@ def layouts(draw, length, degrees=(1, 2, 3, 4, 8)):
 
 def visible(mask):
     """The mask as a set of (query, key) pairs, from its definition."""
+    prefixes = mask.prefixes or [0] * len(mask.documents)
     return {
         (q, k)
-        for start, stop in mask.documents
+        for (start, stop), prefix in zip(mask.documents, prefixes)
         for q in range(start, stop)
         for k in range(start, stop)
-        if k <= q or not mask.causal
+        if not mask.causal or k < start + prefix or (k <= q and (mask.window is None or q - mask.window < k))
     }
 
 
@@ -51,8 +58,9 @@ def pairs(slices, queries, keys):
     found = []
     for s in slices:
         for i, q in enumerate(range(s.q_start, s.q_stop)):
-            stop = s.k_stop if s.rule == 0 else s.k_start + i + 1
-            found += [(queries[q], keys[k]) for k in range(s.k_start, stop)]
+            start = s.k_start + i if s.rule is SliceRule.ANTICAUSAL else s.k_start
+            stop = s.k_start + i + 1 if s.rule is SliceRule.CAUSAL else s.k_stop
+            found += [(queries[q], keys[k]) for k in range(start, stop)]
     return found
 
 

@@ -17,14 +17,15 @@ class Formula(RectangleBackend):
     name = "formula"
 
     def __init__(self):
-        self.area = 0
+        self.area = self.calls = 0
 
     def supports(self, problem):
         return None
 
     def _scores(self, q, k, causal, scale):
         s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
-        self.area += q.shape[2] * (q.shape[2] + 1) // 2 if causal else q.shape[2] * k.shape[2]
+        self.calls += 1
+        self.area += q.shape[0] * (q.shape[2] * (q.shape[2] + 1) // 2 if causal else q.shape[2] * k.shape[2])
         return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf) if causal else s
 
     def rectangle_forward(self, q, k, v, *, causal, scale):
@@ -62,7 +63,7 @@ def test_any_cover_of_the_row_gives_the_same(slices):
     grads = backend.backward(x.dout, x.q, x.k, x.v, out, lse, slices, x.scale)
     for got, wanted in zip((out, *grads), reference(x, mask)):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    assert backend.area == 2 * mask.area
+    assert backend.area == 2 * 2 * mask.area  # forward and backward of two rows
 
 
 def test_no_slices_is_no_attention():

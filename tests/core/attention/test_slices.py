@@ -14,7 +14,7 @@ from zoo.core.attention.ranges import union
 from zoo.core.attention.slices import Step, local_slices, remote_slices
 from zoo.core.contracts import AttentionSlice, SliceRule
 
-FULL, CAUSAL = SliceRule.FULL, SliceRule.CAUSAL
+FULL, CAUSAL, ANTICAUSAL = SliceRule
 
 
 @patient
@@ -42,6 +42,30 @@ def test_needs_are_the_keys_that_other_ranks_see(data, mask):
     ranks = range(layout.degree)
     found = {(o, r, k) for o in ranks for r in ranks for k in positions(rows_needed(needs, o, r))}
     assert found == wanted
+
+
+def test_a_window_is_triangles_on_both_sides_of_a_band():
+    """Row i sees keys i-3 to i: a causal triangle every 4 rows, and below it one row less, the other way round."""
+    assert local_slices(Mask.whole(10, window=4), ((0, 10),)) == (
+        AttentionSlice(0, 4, 0, 4, CAUSAL),
+        AttentionSlice(4, 8, 4, 8, CAUSAL),
+        AttentionSlice(4, 7, 1, 4, ANTICAUSAL),
+        AttentionSlice(8, 10, 8, 10, CAUSAL),
+        AttentionSlice(8, 10, 5, 7, ANTICAUSAL),
+        AttentionSlice(8, 10, 7, 8, FULL),
+    )
+    assert len(local_slices(Mask.whole(10, window=10), ((0, 10),))) == 1
+
+
+def test_a_prefix_is_a_rectangle_beside_the_triangle():
+    mask = Mask(8, ((0, 8),), prefixes=(3,))
+    assert local_slices(mask, ((0, 8),)) == (AttentionSlice(0, 8, 0, 3, FULL), AttentionSlice(3, 8, 3, 8, CAUSAL))
+
+
+def test_a_window_needs_no_more_than_it_reaches():
+    layout = SequenceLayout.contiguous(64, 4)
+    for owner, rank, rows in ((0, 1, ((9, 16),)), (1, 2, ((25, 32),)), (0, 2, ()), (2, 1, ())):
+        assert rows_needed(remote_needs(Mask.whole(64, window=8), layout), owner, rank) == rows
 
 
 def test_one_document_on_one_rank_is_one_causal_slice():

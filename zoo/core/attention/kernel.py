@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,12 +16,16 @@ from torch import Tensor
 from zoo.core.attention.merge import accumulation_dtype, merge_
 from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
 
+MAX_STACKED_AREA = 1 << 14
+"""Rectangles of at most this many scores are computed side by side; in larger ones a call costs nothing to speak of."""
+
 
 class RectangleBackend(ABC):
     """An attention backend by two functions on one rectangle; slices, merging and accumulation come for free.
 
     Tensors have any strides but the last, which is 1. Grouped heads are not repeated: query head n reads head
     n // (N // G). If `causal`, queries and keys have the same length and row i sees keys 0 to i. Neither side is empty.
+    Small slices of equal shape arrive together, as rows of a larger batch.
     """
 
     name: str
@@ -56,18 +62,15 @@ class RectangleBackend(ABC):
         if _is_whole(slices, q, k):
             return self.rectangle_forward(q, k, v, causal=slices[0].rule is SliceRule.CAUSAL, scale=scale)
         out, lse = _empty_result(q)
-        covered = 0
-        for s in slices:
+        for stack in _stacks(tuple(slices), q.device):
             part = self.rectangle_forward(
-                _queries(q, s), _keys(k, s), _keys(v, s), causal=s.rule is SliceRule.CAUSAL, scale=scale
+                stack.queries.of(q), stack.keys.of(k), stack.keys.of(v), causal=stack.causal, scale=scale
             )
-            rows = _queries(out, s), _queries(lse, s)
-            if s.q_start >= covered:
-                rows[0].copy_(part[0])
-                rows[1].copy_(part[1])
+            if stack.fresh:
+                stack.queries.put(out, part[0])
+                stack.queries.put(lse, part[1])
             else:
-                merge_(*rows, *part)
-            covered = max(covered, s.q_stop)
+                stack.queries.merge(out, lse, *part)
         return out, lse
 
     def backward(
@@ -86,28 +89,113 @@ class RectangleBackend(ABC):
             causal = slices[0].rule is SliceRule.CAUSAL
             return self.rectangle_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
         dq, dk, dv = (_zeros(x) for x in (q, k, v))
-        for s in slices:
+        for stack in _stacks(tuple(slices), q.device):
+            queries, keys = stack.queries, stack.keys
             parts = self.rectangle_backward(
-                _queries(dout, s),
-                _queries(q, s),
-                _keys(k, s),
-                _keys(v, s),
-                _queries(out, s),
-                _queries(lse, s),
-                causal=s.rule is SliceRule.CAUSAL,
+                *(queries.of(x) for x in (dout, q)),
+                *(keys.of(x) for x in (k, v)),
+                *(queries.of(x) for x in (out, lse)),
+                causal=stack.causal,
                 scale=scale,
             )
-            for total, part in zip((_queries(dq, s), _keys(dk, s), _keys(dv, s)), parts, strict=True):
-                total.add_(part)
+            for rows, total, part in zip((queries, keys, keys), (dq, dk, dv), parts, strict=True):
+                rows.add(total, part)
         return dq, dk, dv
 
 
-def _queries(x: Tensor, s: AttentionSlice) -> Tensor:
-    return x.narrow(2, s.q_start, s.q_stop - s.q_start)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Runs of `size` rows of `[B, heads, T, ...]`, read as `[runs * B, heads, size, ...]` and written back."""
+
+    starts: tuple[int, ...]
+    size: int
+    index: Tensor | None
+    """All row numbers, if there are several runs."""
+
+    @classmethod
+    def of_runs(cls, starts: Sequence[int], size: int, device: torch.device) -> _Rows:
+        if len(starts) == 1:
+            return cls(tuple(starts), size, None)
+        index = torch.tensor(starts)[:, None] + torch.arange(size)
+        return cls(tuple(starts), size, index.flatten().to(device))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows: a view of one run, a copy of several."""
+        if self.index is None:
+            return x.narrow(2, self.starts[0], self.size)
+        rows = x.transpose(1, 2).index_select(1, self.index)
+        return torch.unflatten(rows, 1, (len(self.starts), self.size)).flatten(0, 1).transpose(1, 2)
+
+    def put(self, x: Tensor, part: Tensor) -> None:
+        if self.index is None:
+            self.of(x).copy_(part)
+        else:
+            x.transpose(1, 2).index_copy_(1, self.index, self._joined(part, x))
+
+    def add(self, x: Tensor, part: Tensor) -> None:
+        if self.index is None:
+            self.of(x).add_(part)
+        else:
+            x.transpose(1, 2).index_add_(1, self.index, self._joined(part, x))
+
+    def merge(self, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+        rows = self.of(out), self.of(lse)
+        merge_(*rows, more_out, more_lse)
+        if self.index is not None:
+            self.put(out, rows[0])
+            self.put(lse, rows[1])
+
+    def _joined(self, part: Tensor, like: Tensor) -> Tensor:
+        rows = part.transpose(1, 2).to(like.dtype)
+        return torch.unflatten(rows, 0, (-1, len(self.starts))).flatten(1, 2)
 
 
-def _keys(x: Tensor, s: AttentionSlice) -> Tensor:
-    return x.narrow(2, s.k_start, s.k_stop - s.k_start)
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Slices of one shape and rule, no query row twice, computed in one call."""
+
+    queries: _Rows
+    keys: _Rows
+    causal: bool
+    fresh: bool
+    """Whether no stack before it has any of its query rows."""
+
+
+@lru_cache(maxsize=256)
+def _stacks(slices: tuple[AttentionSlice, ...], device: torch.device) -> tuple[_Stack, ...]:
+    """The calls that compute some slices. Kept, because every layer of a step asks for the same ones."""
+    seen = bytearray(max((s.q_stop for s in slices), default=0))
+    stacks = []
+    for found in _alike(slices):
+        s = found[0]
+        queries = _Rows.of_runs([x.q_start for x in found], s.q_stop - s.q_start, device)
+        keys = _Rows.of_runs([x.k_start for x in found], s.k_stop - s.k_start, device)
+        stacks.append(_Stack(queries, keys, s.rule is SliceRule.CAUSAL, _mark(seen, found)))
+    return tuple(stacks)
+
+
+def _mark(seen: bytearray, slices: Sequence[AttentionSlice]) -> bool:
+    """Whether none of the slices' query rows was seen; from now on they are."""
+    fresh = all(seen.find(1, s.q_start, s.q_stop) < 0 for s in slices)
+    for s in slices:
+        seen[s.q_start : s.q_stop] = b"\1" * (s.q_stop - s.q_start)
+    return fresh
+
+
+def _alike(slices: Sequence[AttentionSlice]) -> list[list[AttentionSlice]]:
+    """Small slices of one shape and rule whose query rows are disjoint, together; all others alone."""
+    groups: list[list[AttentionSlice]] = []
+    opened: dict[tuple[int, int, SliceRule], list[list[AttentionSlice]]] = {}
+    for s in sorted(slices, key=lambda s: (s.q_start, s.k_start)):
+        shape = s.q_stop - s.q_start, s.k_stop - s.k_start, s.rule
+        alike = opened.setdefault(shape, []) if shape[0] * shape[1] <= MAX_STACKED_AREA else []
+        group = next((group for group in alike if group[-1].q_stop <= s.q_start), None)
+        if group is None:
+            group = []
+            alike.append(group)
+            groups.append(group)
+        group.append(s)
+    return groups
 
 
 def _is_whole(slices: Sequence[AttentionSlice], q: Tensor, k: Tensor) -> bool:

@@ -12,20 +12,25 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from zoo.core.attention.evaluate import attend, attend_backward
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.attention.slices import Slices, local_slices
-from zoo.core.contracts import AttentionBackend
+from zoo.core.contracts import AttentionBackend, ContextPlan, HeadShape
 from zoo.core.errors import UsageError
 
 
 class AttentionSeam(nn.Module):
     """Attention of a row, or, with an exchange, of this rank's part of a row. Holds no parameters."""
 
-    def __init__(self, backend: AttentionBackend, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, backend: AttentionBackend, exchange: Exchange | None = None, *, window: int | None = None
+    ) -> None:
+        """`window` is this layer's sliding window in tokens, the token itself included; None shows everything."""
         super().__init__()
         self.backend = backend
         self.exchange = exchange
+        self.window = window
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | ShardedMask | None = None, *, scale: float | None = None
@@ -37,20 +42,22 @@ class AttentionSeam(nn.Module):
         tensors differ in length or the mask is of the other kind.
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = _Attention.apply(q, k, v, self._run(mask, q.shape[2]), scale)  # type: ignore[no-untyped-call]
+        heads = HeadShape(num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
+        out: Tensor = _Attention.apply(q, k, v, self._run(mask, q.shape[2], heads), scale)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:
         scheme = f", scheme={self.exchange.scheme.name}" if self.exchange else ""
-        return f"backend={self.backend.name}{scheme}"
+        window = f", window={self.window}" if self.window else ""
+        return f"backend={self.backend.name}{scheme}{window}"
 
-    def _run(self, mask: Mask | ShardedMask | None, length: int) -> _Local | _Exchanged:
+    def _run(self, mask: Mask | ShardedMask | None, length: int, heads: HeadShape) -> _Local | _Exchanged:
         if mask is not None and mask.length != length:
             raise UsageError(f"attention got {length} tokens and a mask of {mask.length}: pass the batch's own mask")
         if self.exchange is not None and isinstance(mask, ShardedMask):
-            return _Exchanged(self.backend, self.exchange, mask.plan(self.exchange.scheme))
+            return _Exchanged(self.backend, self.exchange, mask.plan(self.exchange.scheme, self.window, heads))
         if self.exchange is None and not isinstance(mask, ShardedMask):
-            return _Local(self.backend, _whole_row(mask or Mask.whole(length)))
+            return _Local(self.backend, _whole_row((mask or Mask.whole(length)).with_window(self.window)))
         raise UsageError(
             f"attention {'under context parallelism' if self.exchange else 'over a whole row'} was given a mask of "
             f"type {type(mask).__name__}: with --cp, and only then, pass batches through the adapter's shard_batch"
@@ -68,48 +75,44 @@ class _Local:
     def __init__(self, backend: AttentionBackend, slices: Slices) -> None:
         self.backend, self.slices = backend, slices
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return self.backend.forward(q, k, v, self.slices, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, lse = attend(self.backend, q, k, v, self.slices, scale)
+        out = out.to(q.dtype)
+        return out, (q, k, v, out, lse)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.backend.backward(dout, q, k, v, out, lse, self.slices, scale)
+    def backward(self, dout: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, lse = saved
+        return attend_backward(self.backend, dout, q, k, v, out, lse, self.slices, scale)
 
 
 class _Exchanged:
     """Some keys are on other ranks."""
 
-    def __init__(self, backend: AttentionBackend, exchange: Exchange, plan: Any) -> None:
-        self.backend, self.scheme, self.group, self.plan = backend, exchange.scheme, exchange.group, plan
+    def __init__(self, backend: AttentionBackend, exchange: Exchange, plan: ContextPlan) -> None:
+        self.backend, self.scheme, self.link, self.plan = backend, exchange.scheme, exchange.link, plan
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return self.scheme.forward(self.backend, self.plan, self.group, q, k, v, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.scheme.forward(self.backend, self.plan, self.link, q, k, v, scale)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.scheme.backward(self.backend, self.plan, self.group, dout, q, k, v, out, lse, scale)
+    def backward(self, dout: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scheme.backward(self.backend, self.plan, self.link, dout, saved, scale)
 
 
 class _Attention(Function):
-    """Saves q, k, v, out and lse, as flash attention does: the scores are recomputed backward."""
+    """Saves what the run says, q, k, v, out and lse as a rule: scores are recomputed backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, run: _Local | _Exchanged, scale: float) -> Tensor:
-        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        out, lse = run.forward(q, k, v, scale)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.run, ctx.scale = run, scale  # type: ignore[attr-defined]
+        out, saved = run.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale)
+        ctx.save_for_backward(*saved)
+        ctx.run, ctx.scale, ctx.dtypes = run, scale, (q.dtype, k.dtype, v.dtype)  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = ctx.run.backward(_unit_stride(dout), q, k, v, out, lse, ctx.scale)
-        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
+        grads = ctx.run.backward(_unit_stride(dout), ctx.saved_tensors, ctx.scale)
+        return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
 
 
 def _unit_stride(x: Tensor) -> Tensor:

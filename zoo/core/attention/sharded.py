@@ -9,9 +9,8 @@ from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from zoo.core.contracts import ContextScheme
+    from zoo.core.attention.wire import Link
+    from zoo.core.contracts import ContextPlan, ContextScheme, HeadShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +18,11 @@ class Exchange:
     """How the ranks of one context-parallel group reach each other's keys."""
 
     scheme: ContextScheme
-    group: ProcessGroup
+    link: Link
+
+
+Question = tuple[Any, "int | None", "HeadShape"]
+"""What a plan is made for beside mask and layout: scheme, window, heads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,15 +32,24 @@ class ShardedMask:
     mask: Mask
     layout: SequenceLayout
     rank: int
-    _plans: dict[int, Any] = field(default_factory=dict, repr=False)
+    asked: set[Question] = field(default_factory=set, repr=False)
+    """What layers asked for so far; shared by the masks of a run, so that the next one can answer beforehand."""
+    _plans: dict[Question, ContextPlan] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:
         """Tokens of this rank."""
         return self.layout.local_length(self.rank)
 
-    def plan(self, scheme: ContextScheme) -> Any:
-        """The scheme's plan, made once per batch however many layers ask."""
-        if id(scheme) not in self._plans:
-            self._plans[id(scheme)] = scheme.plan(self.mask, self.layout, self.rank)
-        return self._plans[id(scheme)]
+    def plan(self, scheme: ContextScheme, window: int | None, heads: HeadShape) -> ContextPlan:
+        """The scheme's plan, made once per batch for all layers with the same window and heads."""
+        question = (scheme, window, heads)
+        if question not in self._plans:
+            self.asked.add(question)
+            self._plans[question] = scheme.plan(self.mask.with_window(window), self.layout, self.rank, heads)
+        return self._plans[question]
+
+    def prepare(self) -> None:
+        """Make the plans that layers will ask for, as far as earlier batches tell."""
+        for question in list(self.asked):
+            self.plan(*question)

@@ -17,6 +17,19 @@ from torch.distributed import ProcessGroup
 from zoo.core.attention.ranges import Range, Ranges, count
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The ranks of one context-parallel group, and the type in which numbers travel between them."""
+
+    group: ProcessGroup
+    dtype: torch.dtype | None = None
+    """None: K/V in their own type, sums of gradients in fp32 (fp64 stays). bfloat16 halves the traffic of fp32."""
+
+    def carried(self, dtype: torch.dtype) -> torch.dtype:
+        """The type on the wire of numbers of a type: never a wider one."""
+        return self.dtype if self.dtype is not None and self.dtype.itemsize < dtype.itemsize else dtype
+
+
 def row_bytes(k: Tensor, dtype: torch.dtype | None = None) -> int:
     """Bytes on the wire of one K/V row of k `[B, G, S, H]`, in k's dtype unless another is named."""
     return 2 * k.shape[0] * k.shape[1] * k.shape[3] * (dtype or k.dtype).itemsize
@@ -79,7 +92,7 @@ class Transfer:
 
 
 def post(
-    group: ProcessGroup,
+    link: Link,
     source: Tensor,
     sends: Sequence[Message],
     target: Tensor,
@@ -92,9 +105,21 @@ def post(
     Messages between two ranks match in order, so both sides must list them in the same order with the same sizes.
     Nothing at all is called if there are no messages. `tag` keeps transfers in flight at the same time apart.
     """
+    return exchange(
+        link,
+        [(message.peer, source[message.rows[0] : message.rows[1]]) for message in sends],
+        [(message.peer, target[message.rows[0] : message.rows[1]]) for message in receives],
+        tag=tag,
+    )
+
+
+def exchange(
+    link: Link, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], *, tag: int = 0
+) -> Transfer:
+    """As `post`, for contiguous tensors `(peer, tensor)`."""
     operations = [
-        dist.P2POp(call, buffer[message.rows[0] : message.rows[1]], group=group, tag=tag, group_peer=message.peer)
-        for call, buffer, messages in ((dist.isend, source, sends), (dist.irecv, target, receives))
-        for message in messages
+        dist.P2POp(call, tensor, group=link.group, tag=tag, group_peer=peer)
+        for call, messages in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, tensor in messages
     ]
     return Transfer(dist.batch_isend_irecv(operations)) if operations else Transfer()

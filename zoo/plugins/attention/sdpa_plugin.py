@@ -1,4 +1,4 @@
-"""Offers torch's fused attention kernels, and chooses `sdpa` for `--attn auto` when no other plugin chose."""
+"""Offers torch's fused attention kernels, and chooses for `--attn auto` by device when no other plugin chose."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from zoo.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from zoo.core.contracts import AttentionProblem
+
+# cuDNN is as fast as any, but prepares an execution plan for every new shape, and packed rows have new shapes every
+# step; so it stands behind the kernels that do not. Who cannot compute a problem is no candidate for it.
+_RANKING = {"cuda": ("flash", "sdpa", "cudnn", "flex", "dense"), "cpu": ("sdpa", "flex", "dense")}
 
 
 @hookimpl
@@ -30,4 +34,5 @@ def zoo_register_attention() -> tuple[AttentionEntry, ...]:
 
 @hookimpl(trylast=True)
 def zoo_select_attention(problem: AttentionProblem, candidates: Sequence[str]) -> str | None:
-    return "sdpa" if "sdpa" in candidates else None
+    ranking = _RANKING.get(problem.device, ("sdpa", "flex", "dense"))
+    return next((name for name in ranking if name in candidates), None)

@@ -12,6 +12,6 @@ def zoo_register_context_schemes() -> tuple[ContextSchemeEntry, ...]:
         ContextSchemeEntry(
             name="allgather",
             target="zoo.plugins.context.allgather:Allgather",
-            help="each rank fetches the K/V rows its queries see at once; fewest messages, memory for all of them",
+            help="each rank fetches the K/V rows its queries see from their owners, some heads at a time",
         ),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
@@ -17,6 +17,7 @@ from zoo.core.attention.needs import Need, remote_needs
 from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices, Step, local_slices, remote_slices
 from zoo.core.attention.wire import Message, rows_in
+from zoo.core.contracts import HeadShape, Stage
 
 GRADIENT_WEIGHT = 2
 """What a gradient row costs relative to a K/V row when the backward direction is chosen: fp32 beside bf16."""
@@ -65,8 +66,9 @@ class RingPass:
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
-    """What one rank does for one batch, in every layer."""
+    """What one rank does for one batch, in every layer of one shape."""
 
+    heads: HeadShape
     own: Slices
     """Step 0: this rank's queries and keys."""
     forward: RingPass
@@ -76,6 +78,19 @@ class RingPlan:
     def slices(self) -> Slices:
         """Every slice of the forward pass, relative to its step."""
         return self.own + tuple(s for step in self.forward.steps for s in step.slices)
+
+    def stages(self, value_bytes: int, gradient_bytes: int) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """While a rank computes with the keys of step i, those of step i + 1 and the gradients of i - 1 travel."""
+        row = 2 * self.heads.num_kv_heads * self.heads.head_dim
+        scores = [self.heads.num_heads * sum(s.area for s in self.own)]
+        stages = []
+        for way, gradients in ((self.forward, 0), (self.backward, gradient_bytes)):
+            areas = scores + [self.heads.num_heads * step.area for step in way.steps]
+            keys = [value_bytes * row * rows_in(hop.sends) for hop in way.hops]
+            sums = [gradients * row * rows_in(hop.sends) for hop in way.gradient_hops]
+            columns = zip_longest(areas, keys, [0, 0, *sums] if gradients else [], fillvalue=0)
+            stages.append(tuple(Stage(key + total, area) for area, key, total in columns))
+        return stages[0], stages[1]
 
 
 class Route:
@@ -117,20 +132,27 @@ class Route:
         return total
 
 
-def ring_plan(mask: Mask, layout: SequenceLayout, rank: int) -> RingPlan:
-    """The plan of one rank. Every rank computes the same directions, so their messages match."""
+def ring_plan(
+    mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape, *, peers: Sequence[int] | None = None
+) -> RingPlan:
+    """The plan of one rank. Every rank computes the same directions, so their messages match.
+
+    `peers` are the ranks of the process group that stand in the ring, if they are not all of it.
+    """
+    peers = range(layout.degree) if peers is None else peers
     needs = remote_needs(mask, layout)
     routes = [Route(needs, layout.degree, direction) for direction in (1, -1)]
     forward = min(routes, key=lambda route: route.volume(gradient_weight=0))
     backward = min(routes, key=lambda route: route.volume(gradient_weight=GRADIENT_WEIGHT))
     return RingPlan(
+        heads=heads,
         own=local_slices(mask, layout.chunks[rank]),
-        forward=_ring_pass(mask, layout, rank, forward),
-        backward=_ring_pass(mask, layout, rank, backward),
+        forward=_ring_pass(mask, layout, rank, forward, peers),
+        backward=_ring_pass(mask, layout, rank, backward, peers),
     )
 
 
-def _ring_pass(mask: Mask, layout: SequenceLayout, rank: int, route: Route) -> RingPass:
+def _ring_pass(mask: Mask, layout: SequenceLayout, rank: int, route: Route, peers: Sequence[int]) -> RingPass:
     ranks = range(1, layout.degree)
     chunks = layout.chunks[rank]
     held = [route.wanted(route.owner(rank, hop), hop) for hop in ranks]
@@ -138,15 +160,16 @@ def _ring_pass(mask: Mask, layout: SequenceLayout, rank: int, route: Route) -> R
     seen = [route.seen(route.owner(rank, hop), rank) for hop in ranks]
     steps = tuple(Step.around(remote_slices(mask, chunks, keys)) for keys in held)
     index = RowIndex(chunks)
+    onward, behind = (peers[(rank + way) % layout.degree] for way in (route.direction, -route.direction))
     return RingPass(
         direction=route.direction,
         packed=index.locate(route.wanted(rank, 1)),
         steps=steps,
         rows=tuple(map(count, held)),
-        hops=tuple(_key_hop(route, rank, hop) for hop in ranks),
+        hops=tuple(_key_hop(route, rank, hop, onward, behind) for hop in ranks),
         gradient_rows=tuple(map(count, touched)),
         seen=tuple(map(_seen_rows, steps, seen, held, touched)),
-        gradient_hops=tuple(_gradient_hop(route, rank, hop) for hop in ranks),
+        gradient_hops=tuple(_gradient_hop(route, rank, hop, onward, behind) for hop in ranks),
         home=index.locate(route.touched(rank, layout.degree - 1)),
     )
 
@@ -160,13 +183,13 @@ def _seen_rows(step: Step, seen: Ranges, held: Ranges, touched: Ranges) -> tuple
     return tuple(pairs)
 
 
-def _key_hop(route: Route, rank: int, hop: int) -> Hop:
+def _key_hop(route: Route, rank: int, hop: int, onward: int, behind: int) -> Hop:
     """What is still wanted leaves the buffer of step `hop - 1` in runs and arrives without gaps."""
     sends = _key_runs(route, route.owner(rank, hop - 1), hop)
     arriving = _key_runs(route, route.owner(rank, hop), hop)
     return Hop(
-        tuple(Message((rank + route.direction) % route.degree, run) for run in sends),
-        tuple(Message((rank - route.direction) % route.degree, run) for run in _closed(arriving)),
+        tuple(Message(onward, run) for run in sends),
+        tuple(Message(behind, run) for run in _closed(arriving)),
     )
 
 
@@ -175,13 +198,13 @@ def _key_runs(route: Route, owner: int, hop: int) -> Ranges:
     return RowIndex(route.wanted(owner, max(hop - 1, 1))).locate(route.wanted(owner, hop))
 
 
-def _gradient_hop(route: Route, rank: int, hop: int) -> Hop:
+def _gradient_hop(route: Route, rank: int, hop: int, onward: int, behind: int) -> Hop:
     """What has a gradient leaves without gaps and arrives in runs of the next rank's larger buffer."""
     sends = _gradient_runs(route, route.owner(rank, hop), hop)
     arriving = _gradient_runs(route, route.owner(rank, hop + 1), hop)
     return Hop(
-        tuple(Message((rank + route.direction) % route.degree, run) for run in _closed(sends)),
-        tuple(Message((rank - route.direction) % route.degree, run) for run in arriving),
+        tuple(Message(onward, run) for run in _closed(sends)),
+        tuple(Message(behind, run) for run in arriving),
     )
 
 

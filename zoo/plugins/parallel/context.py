@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
-from zoo.core.attention.sharded import Exchange, ShardedMask
+from zoo.core.attention.sharded import Exchange, Question, ShardedMask
+from zoo.core.attention.wire import Link
 from zoo.core.batch import Batch
-from zoo.core.contracts import ContextScheme, LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
 from zoo.core.mesh import Mesh
 from zoo.core.seams import swap
@@ -25,56 +27,71 @@ class ContextParallel:
     axes = ("cp",)
     phase = Phase.EXCHANGE
 
+    def __init__(self) -> None:
+        self._asked: set[Question] = set()
+
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or the scheme's reason why this length cannot be cut so."""
+        """None, or the reason why this row cannot be cut so."""
         degree = request.degrees.get("cp", 1)
         if degree == 1:
             return None
-        if request.scheme is None:
+        if not request.schemes:
             return f"--cp {degree} needs a context scheme and none was chosen; type --cp-scheme ring"
-        return request.scheme.check(request.problem, request.seq, degree)
+        if request.seq < degree:
+            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks; lower --cp to {request.seq}"
+        reasons = (scheme.check(request.problem, request.seq, degree) for scheme in request.schemes.values())
+        return next((reason for reason in reasons if reason), None)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """With more than one rank on `cp`."""
         return degrees["cp"] > 1
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
-        """Give every attention seam the scheme and the group. Raises UsageError if the model has no such seam."""
+        """Give every attention seam its scheme and the group. Raises UsageError if the model has no such seam."""
         if "attention" not in plan.seams:
             raise UsageError(f"--cp needs an attention seam and {type(model).__name__}'s plan names none; use --cp 1")
+        context = _context(setup)
         group = mesh["cp"].get_group()
         _connect(group, mesh.device_type)
-        exchange = Exchange(scheme=_scheme(setup), group=group)
-        swap(model, plan.seams["attention"], lambda old: _exchanging(old, exchange), owner=self.name)
+        link = Link(group, getattr(torch, context.wire) if context.wire else None)
+        swap(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """This rank's tokens, labels and positions, and its view of the mask. Host only."""
-        cp = mesh["cp"]
+        """This rank's tokens, labels and positions, and its view of the mask with all plans made. Host only."""
+        cp, context = mesh["cp"], _context(setup)
         rank = cp.get_local_rank()
-        layout = _scheme(setup).layout(batch.tokens.shape[1], cp.size())
+        layout = row_layout(
+            batch.mask,
+            context.windows,
+            cp.size(),
+            balance=context.balance,
+            splits_rows=any(scheme.splits_rows for scheme in context.schemes.values()),
+        )
+        sharded = ShardedMask(batch.mask, layout, rank, self._asked)
+        sharded.prepare()
         return replace(
             batch,
             tokens=layout.take(batch.tokens, rank, 1),
             labels=layout.take(batch.labels, rank, 1),
             positions=layout.take(batch.positions, rank, 1),
-            mask=ShardedMask(batch.mask, layout, rank),
+            mask=sharded,
         )
 
 
-def _scheme(setup: Setup) -> ContextScheme:
-    if setup.scheme is None:
+def _context(setup: Setup) -> ContextSetup:
+    if setup.context is None:
         raise UsageError("--cp needs a context scheme and none was chosen; type --cp-scheme ring")
-    return setup.scheme
+    return setup.context
 
 
-def _exchanging(old: nn.Module, exchange: Exchange) -> AttentionSeam:
+def _exchanging(old: nn.Module, context: ContextSetup, link: Link) -> AttentionSeam:
     if not isinstance(old, AttentionSeam):
         raise UsageError(
             f"--cp found {type(old).__name__} in the attention seam, where core puts an AttentionSeam: "
             f"another plugin replaced it; block that plugin with --no-plugin NAME"
         )
-    return AttentionSeam(old.backend, exchange)
+    return AttentionSeam(old.backend, Exchange(scheme=context.schemes[old.window], link=link), window=old.window)
 
 
 def _connect(group: dist.ProcessGroup, device_type: str) -> None:

@@ -1,4 +1,4 @@
-"""The all-gather's plan: the rows a rank fetches from each other one, and the two steps it computes. Host only."""
+"""The plan of schemes that fetch: the rows a rank needs of each other one, straight from their owner. Host only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from zoo.core.attention.needs import remote_needs, rows_needed
 from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices, Step, local_slices, remote_slices
 from zoo.core.attention.wire import Message, rows_in
+from zoo.core.contracts import HeadShape, Stage
 
 
 @dataclass(frozen=True, slots=True)
-class AllgatherPlan:
-    """What one rank does for one batch, in every layer."""
+class FetchPlan:
+    """What one rank does for one batch, in every layer of one shape."""
 
+    heads: HeadShape
+    groups: tuple[Range, ...]
+    """Key/value heads that are fetched together, in order."""
     own: Slices
     """This rank's queries and keys, computed while the others travel."""
     step: Step
@@ -50,16 +54,39 @@ class AllgatherPlan:
         """dK/dV rows this rank sends backward."""
         return rows_in(self.receives)
 
+    def stages(self, value_bytes: int, gradient_bytes: int) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """Own keys are computed with while the first heads travel, and each group of heads while the next one does."""
+        ahead, back = (self._stages(value_bytes, gradients) for gradients in (0, gradient_bytes))
+        return ahead, back
 
-def allgather_plan(mask: Mask, layout: SequenceLayout, rank: int) -> AllgatherPlan:
-    """The plan of one rank. Messages between two ranks are in order of position on both sides."""
+    def _stages(self, value_bytes: int, gradient_bytes: int) -> tuple[Stage, ...]:
+        sizes = [stop - start for start, stop in self.groups]
+        repeats, row = self.heads.num_heads // self.heads.num_kv_heads, 2 * self.heads.head_dim
+        scores = [self.heads.num_heads * sum(s.area for s in self.own)]
+        scores += [repeats * size * self.step.area for size in sizes] + [0]
+        keys = [value_bytes * row * size * self.sent_rows for size in sizes] + [0, 0]
+        sums = [0, 0] + [gradient_bytes * row * size * self.sent_gradient_rows for size in sizes]
+        return tuple(Stage(key + total, area) for key, total, area in zip(keys, sums, scores, strict=True))
+
+
+def fetch_plan(
+    mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape, *, num_groups: int = 1
+) -> FetchPlan:
+    """The plan of one rank. Messages between two ranks are in order of position on both sides.
+
+    The key/value heads are fetched in so many groups, one after another; all ranks must say the same number.
+    """
+    num_groups = min(num_groups, heads.num_kv_heads)
+    edges = [heads.num_kv_heads * i // num_groups for i in range(num_groups + 1)]
     needs, chunks = remote_needs(mask, layout), layout.chunks[rank]
     others = [other for other in range(layout.degree) if other != rank]
     given = [(other, part) for other in others for part in rows_needed(needs, rank, other)]
     fetched = [(other, part) for other in others for part in rows_needed(needs, other, rank)]
     keys, packed = union(part for _, part in fetched), union(part for _, part in given)
     sends, own = _messages(given, packed), RowIndex(chunks)
-    return AllgatherPlan(
+    return FetchPlan(
+        heads=heads,
+        groups=tuple(pairwise(edges)),
         own=local_slices(mask, chunks),
         step=Step.around(remote_slices(mask, chunks, keys)),
         keys=count(keys),

@@ -1,0 +1,17 @@
+"""Offers the `flash` attention backend: flash-attn 2, 3 or 4, whichever is installed."""
+
+from __future__ import annotations
+
+from zoo.core.entries import AttentionEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_attention() -> tuple[AttentionEntry, ...]:
+    return (
+        AttentionEntry(
+            name="flash",
+            target="zoo.plugins.attention.flash:Flash",
+            help="flash-attn 2, 3 or 4 (extra `flash`): one launch a step, on CUDA in bfloat16 or float16",
+        ),
+    )

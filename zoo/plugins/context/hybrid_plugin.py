@@ -1,0 +1,17 @@
+"""Offers the `hybrid` context scheme."""
+
+from __future__ import annotations
+
+from zoo.core.entries import ContextSchemeEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_context_schemes() -> tuple[ContextSchemeEntry, ...]:
+    return (
+        ContextSchemeEntry(
+            name="hybrid",
+            target="zoo.plugins.context.hybrid:Hybrid",
+            help="heads are dealt out among neighbours, K/V go round a ring across; hybrid:4 for groups of 4",
+        ),
+    )

@@ -1,0 +1,17 @@
+"""Offers the `ulysses` context scheme."""
+
+from __future__ import annotations
+
+from zoo.core.entries import ContextSchemeEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_context_schemes() -> tuple[ContextSchemeEntry, ...]:
+    return (
+        ContextSchemeEntry(
+            name="ulysses",
+            target="zoo.plugins.context.ulysses:Ulysses",
+            help="heads are dealt out: one exchange before attention and one after, as many ranks as there are heads",
+        ),
+    )
