@@ -61,7 +61,7 @@ def failing(monkeypatch):
 def test_help_lists_every_core_command(zoo):
     status, out, _ = zoo("--help")
     assert status == 0
-    for name in ("models", "plan", "finetune", "data", "import", "export", "plugins", "doctor"):
+    for name in ("models", "plan", "finetune", "data", "import", "export", "bench", "plugins", "doctor"):
         assert f"\n  {name} " in out
 
 

@@ -85,7 +85,7 @@ def test_all_three_rope_fields_are_always_written():
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "gemma"}, "model_type"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"eos_token_id": [1, 2**40]}, "eos_token_id"),
         ({"bos_token_id": 2**40}, "bos_token_id"),

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
 from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
 from zoo.plugins.attention import flex, flex_blocks
 from zoo.plugins.attention.bands import launches
 from zoo.plugins.attention.flex import Flex
-from zoo.testing.attention import AttentionContract, Example, reference
+from zoo.testing.attention import MASKS, AttentionContract, Example, reference, shared_attention
 
 FULL, CAUSAL = SliceRule.FULL, SliceRule.CAUSAL
 
@@ -20,13 +21,12 @@ class TestFlex(AttentionContract):
         return Flex()
 
 
-class TestFlexInPieces(AttentionContract):
-    """The same, a few query rows at a time."""
-
-    @pytest.fixture
-    def backend(self, monkeypatch):
-        monkeypatch.setattr(flex, "MAX_SCORES", 1000)
-        return Flex()
+@pytest.mark.parametrize("mask", [MASKS["packed with padding"], Mask.whole(96)], ids=["packed", "whole"])
+def test_pieces_of_rows_add_up(monkeypatch, mask):
+    monkeypatch.setattr(flex, "MAX_SCORES", 16000)
+    x, layout = Example.random((2, 4, 2, 8), 96, dtype=torch.float64, device="cpu"), SequenceLayout.head_tail(96, 2)
+    for got, wanted in zip(shared_attention(Flex(), x, mask, layout), reference(x, mask), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-10)
 
 
 def _problem(**changes):

@@ -17,7 +17,7 @@ from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.attention.wire import Link
 from zoo.core.contracts import AttentionProblem, HeadShape
 from zoo.plugins.attention.dense import Dense
-from zoo.plugins.attention.dense import Dense as Flex  # wait
+from zoo.plugins.attention.flex import Flex
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.plugins.context.allgather import Allgather
 from zoo.plugins.context.halo import Halo

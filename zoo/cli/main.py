@@ -24,6 +24,7 @@ CORE_COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("zoo.cli.data:data", "Look at training data as training will see it."),
     "import": ("zoo.cli.import_:import_", "Check a Hugging Face checkpoint and copy it here."),
     "export": ("zoo.cli.export:export", "Write a run as a Hugging Face checkpoint."),
+    "bench": ("zoo.cli.bench:bench", "Compare context schemes: work, balance, bytes, time."),
     "plugins": ("zoo.cli.plugins:plugins", "List plugins, their state and what they provide."),
     "doctor": ("zoo.cli.doctor:doctor", "Say what this machine has and what would fail on it."),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from zoo.core.attention.forecast import Rates, forecast
@@ -21,15 +22,15 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def choose_schemes(
     job: Job, registry: Registry, request: LayoutRequest
-) -> tuple[dict[int | None, ContextScheme], list[str]]:
-    """The scheme for each window that layers of the model have, and a sentence each; empty without `--cp`.
+) -> tuple[dict[int | None, ContextScheme], str]:
+    """The scheme for each window that layers of the model have, and a sentence on them; empty without `--cp`.
 
     `--cp-scheme A` means all layers, `A,B` those without and with a window. Raises UsageError if one cannot run.
     """
     plain, windowed = _wanted(job, registry)
     degree = request.degrees["cp"]
     if degree == 1:
-        return {}, []
+        return {}, ""
     schemes: dict[int | None, ContextScheme] = {}
     notes = []
     for window, layers in sorted(request.windows.items(), key=lambda item: item[0] or 0):
@@ -38,10 +39,10 @@ def choose_schemes(
             schemes[window], why = _choose(job, registry, request, window)
         else:
             schemes[window], why = _asked_for(registry, request, wanted, degree), "asked for"
-        kind = f"window {window}: " if window is not None else ""
-        some = f"{layers} layer{'s' * (layers != 1)}, " if len(request.windows) > 1 else ""
-        notes.append(f"{schemes[window].name} ({some}{kind}{why})")
-    return schemes, notes
+        kind = f" of window {window}" if window is not None else ""
+        where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(request.windows) > 1 or kind else ""
+        notes.append(f"{schemes[window].name}{where} ({why})")
+    return schemes, " and ".join(notes)
 
 
 def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
@@ -83,12 +84,10 @@ def forecasts(
 ) -> dict[str, Forecast]:
     """What each scheme would cost a layer that sees `mask`. A few ranks stand for all."""
     degree, problem = request.degrees["cp"], request.problem
-    some = sorted({0, degree // 2, degree - 1})
+    some, row = sorted({0, degree // 2, degree - 1}), replace(mask, window=None)
     found = {}
     for name, scheme in schemes.items():
-        layout = row_layout(
-            mask.with_window(None), request.windows, degree, balance=balance, splits_rows=scheme.splits_rows
-        )
+        layout = row_layout(row, request.windows, degree, balance=balance, splits_rows=scheme.splits_rows)
         speed = rates(problem, degree, wire)
         found[name] = forecast(scheme, mask, layout, problem.heads, speed, ranks=some)
     return found
@@ -110,7 +109,7 @@ def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: 
     scheme = load_scheme(registry, wanted)
     reason = scheme.check(request.problem, request.seq, degree)
     if reason is not None:
-        raise UsageError(reason)
+        raise UsageError(f"--cp-scheme {wanted} with --cp {degree}: {reason}")
     return scheme
 
 
@@ -129,7 +128,7 @@ def _choose(
     name = registry.select_context_scheme(request, window, costs) or min(costs, key=lambda n: costs[n].seconds)
     by = registry.decider("zoo_select_context_scheme")
     others = sorted((n for n in costs if n != name), key=lambda n: costs[n].seconds)
-    said = [f"a layer of one document is forecast {describe(costs[name])}"]
+    said = [f"forecast for a layer and one document: {describe(costs[name])}"]
     said += [f"{other} {describe(costs[other])}" for other in others]
     said += [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason is not None]
     chosen = f"chosen by plugin {by.label}; " if by else ""

@@ -139,6 +139,8 @@ class ModelSpec:
     plan: Callable[[Any], ParallelPlan]
     flops_per_token: Callable[[Any, float], float]
     """(config, mean number of keys a token sees) to forward plus backward FLOPs."""
+    optional_fields: tuple[str, ...] = ()
+    """Fields of config.json that may be set though `hub_config` leaves them out while they say nothing."""
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()

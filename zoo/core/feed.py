@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from zoo.core.mesh import PEER_AXES, Degrees, Mesh
 
 if TYPE_CHECKING:
     from zoo.core.rows import RowStream
+    from zoo.core.windows import Stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,22 @@ class StepData:
     trained_tokens: int
     """Of the whole global batch."""
     mean_visible_keys: float
-    """Keys that a token of the global batch sees on average, for counting FLOPs."""
+    """Keys that a token of the global batch sees on average over layers, for counting FLOPs."""
+    position: Position
+    """How far the data was read for this step and all before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a stream of rows stood, and what had become of its samples. Empty on ranks that do not read."""
+
+    cursor: Mapping[str, Any] | None = None
+    stats: Stats | None = None
+    fill: float = 0.0
+
+    @classmethod
+    def of(cls, stream: RowStream | None) -> Position:
+        return cls(stream.state_dict(), stream.stats, stream.fill) if stream is not None else cls()
 
 
 class Feed:
@@ -35,6 +52,7 @@ class Feed:
 
     The first rank of each group of peers (ranks that work on the same rows) reads the stream and broadcasts what
     its group needs, so tokenizing costs once a data-parallel rank. An error while reading reaches every rank.
+    Rows, layout and plans of the next step are made on a thread of their own while this step computes.
     """
 
     def __init__(
@@ -47,6 +65,7 @@ class Feed:
         setup: Setup,
         global_batch: int,
         micro_batch: int,
+        steps: int,
         mask: str = "causal",
         windows: Mapping[int | None, int] | None = None,
     ) -> None:
@@ -58,21 +77,40 @@ class Feed:
         self.micro_batch = micro_batch
         self.mask = mask
         self.windows = windows or {None: 1}
+        self._left = steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._next = self._submit()
         per_rank = global_batch // degrees.dp
         first = (mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
         self.mine = slice(first, first + per_rank)
 
     def step(self, device: torch.device) -> StepData:
-        """The next step's data. Raises, on every rank, what reading it raised."""
+        """The next step's data, at most `steps` times. Raises, on every rank, what reading it raised."""
+        assert self._next is not None, "a feed gives as many steps as it was made for"
+        data = self._next.result()
+        self._next = self._submit()
+        return replace(data, batches=[batch.to(device) for batch in data.batches])
+
+    def close(self) -> None:
+        """Start nothing more. What is being read is not waited for: it may wait for ranks that are gone."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self) -> Future[StepData] | None:
+        self._left -= 1
+        return self._thread.submit(self._make) if self._left >= 0 else None
+
+    def _make(self) -> StepData:
+        """Everything on the host that a step needs."""
         message = self._share(self._read())
         if isinstance(message, ZooError):
             raise message
         rows, trained_tokens, mean_visible_keys = message
         microbatches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
         return StepData(
-            batches=[self._batch(part, device) for part in microbatches],
+            batches=[self._batch(part) for part in microbatches],
             trained_tokens=trained_tokens,
             mean_visible_keys=mean_visible_keys,
+            position=Position.of(self.stream),
         )
 
     def _read(self) -> Any:
@@ -93,11 +131,11 @@ class Feed:
         areas = sum(mask.with_window(window).area * layers for window, layers in self.windows.items())
         return areas / sum(self.windows.values())
 
-    def _batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
+    def _batch(self, rows: Sequence[Row]) -> Batch:
         batch = collate(rows, mask=self.mask)
         for adapter in self.adapters:
             batch = adapter.shard_batch(batch, self.mesh, self.setup)
-        return batch.to(device)
+        return batch
 
     def _share(self, message: Any) -> Any:
         """Hand the first peer's message to all, one axis after the other, outermost first."""
@@ -105,9 +143,8 @@ class Feed:
             inner = PEER_AXES[position + 1 :]
             if self.mesh.size(axis) > 1 and all(self.mesh.rank(a) == 0 for a in inner):
                 holder = [message]
-                dist.broadcast_object_list(
-                    holder, group=self.mesh[axis].get_group(), group_src=0, device=torch.device("cpu")
-                )
+                group = self.mesh.host_group(axis)
+                dist.broadcast_object_list(holder, group=group, group_src=0, device=torch.device("cpu"))
                 message = holder[0]
         return message
 

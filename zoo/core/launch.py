@@ -31,11 +31,29 @@ def inside_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(payload: dict[str, Any], num_ranks: int) -> None:
-    """Run `python -m zoo.core.worker` on `num_ranks` ranks of this machine until they end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A program for ranks: `python -m MODULE FOLDER`, and what a user is told of its end before time."""
 
-    SIGTERM and SIGINT are passed on once, as a wish to save and stop; a second one aborts. Raises what the ranks
-    raised: a ZooError as it is, anything else as WorkerDied.
+    module: str
+    on_signal: str
+    """What a first SIGTERM or SIGINT brings about, and a second one."""
+    again: str
+    """What the same command would do."""
+
+
+TRAINING = Work(
+    module="zoo.core.worker",
+    on_signal="finishing the step, then saving. Again aborts without saving",
+    again="The same command resumes from the last finished checkpoint",
+)
+
+
+def launch(payload: dict[str, Any], num_ranks: int, work: Work = TRAINING) -> Any:
+    """Run a program on `num_ranks` ranks of this machine until they end; returns the answer a rank left, if any.
+
+    SIGTERM and SIGINT are passed on once, as a wish to stop; a second one aborts. Raises what the ranks raised: a
+    ZooError as it is, anything else as WorkerDied.
     """
     with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
         office = Office(Path(folder))
@@ -54,13 +72,14 @@ def launch(payload: dict[str, Any], num_ranks: int) -> None:
             signals_to_handle="SIGHUP",
         )
         os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
-        restore = _forward_signals(office)
+        restore = _forward_signals(office, work)
         try:
-            elastic_launch(config, sys.executable)("-m", "zoo.core.worker", str(office.root))
+            elastic_launch(config, sys.executable)("-m", work.module, str(office.root))
         except ChildFailedError as error:
-            raise office.verdict(error) from None
+            raise office.verdict(error, work) from None
         finally:
             restore()
+        return json.loads(office.answer.read_text()) if office.answer.exists() else None
 
 
 def quiet_launcher() -> None:
@@ -75,13 +94,18 @@ class WorkerDied(ZooError):
 
 @dataclass(frozen=True)
 class Office:
-    """The folder through which a launcher and its ranks talk: the job in, process ids and errors out."""
+    """The folder through which a launcher and its ranks talk: the job in, process ids, errors and an answer out."""
 
     root: Path
 
     @property
     def payload(self) -> Path:
         return self.root / "job.json"
+
+    @property
+    def answer(self) -> Path:
+        """JSON that one of the ranks leaves for the launcher to return."""
+        return self.root / "answer.json"
 
     def check_in(self, rank: int) -> None:
         """Leave this rank's process id, so that signals reach it."""
@@ -107,7 +131,7 @@ class Office:
         fresh.write_text(json.dumps(said))
         fresh.replace(self.root / f"{rank}.error")
 
-    def verdict(self, failure: ChildFailedError) -> ZooError:
+    def verdict(self, failure: ChildFailedError, work: Work) -> ZooError:
         """The error that started it: a rank's own word first, then a killed rank, then the earliest exception."""
         said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
         spoken = next((s for s in said if s["zoo"]), None)
@@ -116,7 +140,7 @@ class Office:
             return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
         killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
         silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
-        again = "The same command resumes from the last finished checkpoint"
+        again = work.again
         if silent:
             rank, code = silent[0]
             name = signal.Signals(-code).name
@@ -135,7 +159,7 @@ def _threads(num_ranks: int) -> int:
     return 4 if accelerator_type() else max(1, num_cores() // num_ranks)
 
 
-def _forward_signals(office: Office) -> Callable[[], None]:
+def _forward_signals(office: Office, work: Work) -> Callable[[], None]:
     """Pass the first SIGTERM or SIGINT on to the ranks; the second raises KeyboardInterrupt here, which ends them."""
     asked = False
 
@@ -145,9 +169,7 @@ def _forward_signals(office: Office) -> Callable[[], None]:
             office.send(signal.SIGKILL)
             raise KeyboardInterrupt
         asked = True
-        sys.stderr.write(
-            f"{signal.Signals(number).name}: finishing the step, then saving. Again aborts without saving.\n"
-        )
+        sys.stderr.write(f"{signal.Signals(number).name}: {work.on_signal}.\n")
         office.send(signal.SIGTERM)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}

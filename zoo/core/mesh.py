@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zoo.core.errors import UsageError
@@ -87,10 +89,24 @@ class Mesh:
         self._root = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         self._axes = {axis: self._root[axis] for axis in AXES}
         self._axes["fsdp"] = self._root["dp_shard", "cp"]._flatten("fsdp")
+        self._host = {axis: self._host_group(axis) for axis in PEER_AXES if getattr(degrees, axis) > 1}
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         """The ranks that differ from this one in that axis only."""
         return self._axes[axis]
+
+    def host_group(self, axis: str) -> ProcessGroup:
+        """The same ranks over gloo, for what a thread does beside the step: messages of one never meet the other's.
+
+        Only for the axes of `PEER_AXES` whose degree exceeds 1.
+        """
+        return self._host[axis]
+
+    def _host_group(self, axis: str) -> ProcessGroup:
+        lines = self._root.mesh.movedim(AXES.index(axis), -1).reshape(-1, self.size(axis)).tolist()
+        group: ProcessGroup
+        group, _ = dist.new_subgroups_by_enumeration(lines, backend="gloo")  # type: ignore[no-untyped-call]
+        return group
 
     def rank(self, axis: str) -> int:
         """This rank's place on an axis."""

@@ -134,7 +134,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {global_batch} a step"),
         ("layout", describe_layout(adapters, degrees)),
         ("attention", why_backend),
-        *(("context", why) for why in why_schemes),
+        *((("context", why_schemes),) if why_schemes else ()),
         ("memory", why_policy),
     )
     return Prepared(

@@ -96,11 +96,12 @@ def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint
 def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dict[str, Any]:
     """The fields with the job's `model.*` keys over them. An unknown key is a UsageError."""
     known = spec.hub_config(spec.parse(hub_config))
+    names = sorted({*known, *spec.optional_fields})
     for key in job.model.overrides:
-        if key not in known:
-            hint = did_you_mean(key, [*known, "size", "from", "dtype"])
+        if key not in names:
+            hint = did_you_mean(key, [*names, "size", "from", "dtype"])
             said = f"unknown key 'model.{key}'{f' ({hint})' if hint else ''}"
-            raise UsageError(f"{said}. Fields of {spec.name}: {', '.join(sorted(known))}")
+            raise UsageError(f"{said}. Fields of {spec.name}: {', '.join(names)}")
     return spec.override(known, job.model.overrides)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,16 +12,13 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch._C._distributed_c10d import HashStore
 
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
-from zoo.core.device import accelerator_type
 from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
-from zoo.core.feed import Feed, reads_data
+from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.job import Job
-from zoo.core.launch import inside_launcher
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.optim import build_optimizer, build_schedule
@@ -35,6 +30,7 @@ from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
+from zoo.core.world import process_group
 
 
 def train(job: Job, plugins: Plugins) -> Path:
@@ -43,7 +39,7 @@ def train(job: Job, plugins: Plugins) -> Path:
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    with _process_group() as device, StopSignals() as signals:
+    with process_group() as device, StopSignals() as signals:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())
@@ -56,6 +52,7 @@ def train(job: Job, plugins: Plugins) -> Path:
                 voice.ended(error)
                 raise
             finally:
+                run.feed.close()
                 if run.stream is not None:
                     run.stream.close()
             voice.ended(None)
@@ -75,6 +72,7 @@ class _Run:
     device: torch.device
     path: Path
     first_step: int
+    position: Position
 
     @classmethod
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
@@ -93,6 +91,7 @@ class _Run:
         saved = checkpoint.resume_point(path, job.checkpoint.resume)
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
+        position = Position.of(stream)
         feed = Feed(
             stream,
             mesh=mesh,
@@ -103,15 +102,16 @@ class _Run:
             micro_batch=job.data.micro_batch,
             mask=job.attention.mask,
             windows=prepared.windows,
+            steps=job.schedule.steps - state.step,
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
-        return cls(prepared, state, feed, stream, checkpoints, meter, device, path, state.step)
+        return cls(prepared, state, feed, stream, checkpoints, meter, device, path, state.step, position)
 
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
         start = time.perf_counter()
         data = self.feed.step(self.device)
-        data_s = time.perf_counter() - start
+        data_s, self.position = time.perf_counter() - start, data.position
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
         result = train_step(self.state, data.batches, data.trained_tokens)
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
@@ -126,7 +126,7 @@ class _Run:
             "seq": self.prepared.job.data.seq,
             "global_batch": self.prepared.global_batch,
             "model": self.prepared.hub_config,
-            "cursor": self.stream.state_dict() if self.stream is not None else None,
+            "cursor": self.position.cursor,
         }
         hub_files = self.prepared.hub_files() if dist.get_rank() == 0 else {}
         saved = self.checkpoints.save(self.state, progress, hub_files)
@@ -135,9 +135,9 @@ class _Run:
 
     def rows_read(self) -> str:
         """What became of the samples so far. Nothing is left out in silence."""
-        if self.stream is None:
+        stats, fill = self.position.stats, 100 * self.position.fill
+        if stats is None:
             return ""
-        stats, fill = self.stream.stats, 100 * self.stream.fill
         trained = 100 * stats.trained_tokens / max(1, stats.tokens)
         return (
             f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
@@ -251,25 +251,6 @@ def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStrea
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
     if stream is not None:
         stream.load_state_dict(progress["cursor"])
-
-
-@contextmanager
-def _process_group() -> Iterator[torch.device]:
-    """The world: gloo for the host, and the accelerator's own backend beside it."""
-    kind = accelerator_type()
-    backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if kind else "gloo"
-    if inside_launcher():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    device = torch.device("cpu")
-    if kind:
-        device = torch.device(kind, dist.get_node_local_rank(fallback_rank=0))
-        torch.accelerator.set_device_index(device)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
 
 
 def _alone_in(run: Path) -> IO[str]:

@@ -1,11 +1,13 @@
-"""One rank of a run: `python -m zoo.core.worker FOLDER`, started by the launcher."""
+"""One rank of a run, `python -m zoo.core.worker FOLDER`, started by the launcher; other programs serve alike."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from zoo.core.job import Job
 from zoo.core.launch import Office
@@ -13,22 +15,24 @@ from zoo.core.plugins import Plugins
 from zoo.core.train import train
 
 
-def main(folder: str) -> int:
-    """Train, and leave any error where the launcher finds it."""
-    office, rank = Office(Path(folder)), int(os.environ["RANK"])
+def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
+    """Do what the folder named on the command line asks for, leave any error where the launcher finds it, and end."""
+    office, rank, status = Office(Path(sys.argv[1])), int(os.environ["RANK"]), 0
     office.check_in(rank)
     try:
-        payload = json.loads(office.payload.read_text())
-        train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]))
+        work(json.loads(office.payload.read_text()), office)
     except BaseException as error:
         office.report(rank, error)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    status = main(sys.argv[1])
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.
     os._exit(status)
+
+
+def _train(payload: dict[str, Any], _office: Office) -> None:
+    train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]))
+
+
+if __name__ == "__main__":
+    serve(_train)

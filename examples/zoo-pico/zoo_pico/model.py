@@ -55,7 +55,7 @@ class SquaredReLU(nn.Module):
         return self.down_proj(functional.relu(self.up_proj(h)).square())
 
 
-def _layer(config: PicoConfig) -> DecoderLayer:
+def _layer(config: PicoConfig, _index: int) -> DecoderLayer:
     return DecoderLayer(
         self_attn=Attention(
             hidden_size=config.hidden_size,

@@ -1,8 +1,11 @@
 """The driver hands a kernel exactly its slices, and puts parts together however they cover the rows."""
 
+import itertools
+
 import pytest
 import torch
 
+from zoo.core.attention import kernel
 from zoo.core.attention.kernel import RectangleBackend
 from zoo.core.attention.mask import Mask
 from zoo.core.contracts import AttentionSlice, SliceRule
@@ -64,6 +67,65 @@ def test_any_cover_of_the_row_gives_the_same(slices):
     for got, wanted in zip((out, *grads), reference(x, mask)):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     assert backend.area == 2 * 2 * mask.area  # forward and backward of two rows
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_slices_may_come_in_any_order_and_cover_a_row_in_part(order):
+    """A later slice may start where nothing was before and end where something was."""
+    x, backend = Example.random((1, 2, 1, 8), 12, dtype=torch.float64, device="cpu"), Formula()
+    slices = [
+        AttentionSlice(6, 12, 6, 12, CAUSAL),
+        AttentionSlice(2, 9, 0, 2, FULL),
+        AttentionSlice(0, 2, 0, 2, CAUSAL),
+    ]
+    slices = list(itertools.permutations(slices))[order]
+    visible = torch.zeros(12, 12, dtype=torch.bool)
+    for s in slices:
+        part = visible[s.q_start : s.q_stop, s.k_start : s.k_stop]
+        part |= torch.ones_like(part).tril() if s.rule is CAUSAL else torch.ones_like(part)
+    out, lse = backend.forward(x.q, x.k, x.v, slices, x.scale)
+    scores = (x.q @ x.k.mT * x.scale).masked_fill(~visible, -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, scores.softmax(-1) @ x.v, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_small_slices_of_one_shape_are_one_call(batch):
+    """Documents share no row; the blocks of a window share keys, whose gradients add up."""
+    x, backend = Example.random((batch, 4, 2, 8), 96, dtype=torch.float64, device="cpu"), Formula()
+    documents = Mask(96, tuple((at, at + 4) for at in range(0, 96, 4)))
+    slices = [AttentionSlice(*piece, *piece, CAUSAL) for piece in documents.documents]
+    for got, wanted in zip(_both(backend, x, slices), reference(x, documents)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert backend.calls == 2
+    backend = Formula()
+    slices = [AttentionSlice(at, at + 4, 0, 32, FULL) for at in range(0, 96, 4)]
+    whole = [AttentionSlice(0, 96, 0, 32, FULL)]
+    for got, wanted in zip(_both(backend, x, slices), _both(Formula(), x, whole)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert backend.calls == 2
+
+
+def _both(backend, x, slices):
+    out, lse = backend.forward(x.q, x.k, x.v, slices, x.scale)
+    return out, *backend.backward(x.dout, x.q, x.k, x.v, out, lse, slices, x.scale)
+
+
+def test_large_slices_are_views_and_not_copies(monkeypatch):
+    seen = []
+
+    class Spy(Formula):
+        def rectangle_forward(self, q, k, v, **options):
+            seen.extend((q, k, v))
+            return super().rectangle_forward(q, k, v, **options)
+
+    monkeypatch.setattr(kernel, "MAX_STACKED_AREA", 15)
+    kernel._stacks.cache_clear()
+    x = Example.random((1, 2, 1, 8), 12, dtype=torch.float64, device="cpu")
+    Spy().forward(x.q, x.k, x.v, [AttentionSlice(i, i + 4, i, i + 4, CAUSAL) for i in (0, 4, 8)], x.scale)
+    kernel._stacks.cache_clear()
+    wanted = [t[:, :, i:].data_ptr() for i in (0, 4, 8) for t in (x.q, x.k, x.v)]
+    assert [t.data_ptr() for t in seen] == wanted
 
 
 def test_no_slices_is_no_attention():

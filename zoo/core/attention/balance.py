@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +24,8 @@ from zoo.core.errors import UsageError
 Ints: TypeAlias = NDArray[np.int64]
 Layers: TypeAlias = tuple[tuple[int | None, int], ...]
 """Pairs of a window and the number of layers that have it."""
+
+_row_of = attrgetter("length", "causal", "documents", "prefixes")
 
 SLACK = 0.03
 """By what part of the mean a rank may do more than the mean, if its cuts cost fewer K/V rows than it has itself."""
@@ -52,7 +55,7 @@ def balanced(work: Sequence[tuple[Mask, int]], degree: int) -> SequenceLayout:
     circle = _Circle.of(row, ((0, row.length),) if row.length else ())
     parts = []
     for ranks in range(degree, 0, -1):
-        size = -(-circle.length // ranks)
+        size = (2 * circle.length + ranks) // (2 * ranks)
         taken, rest = circle.cut(_place(circle, size) if ranks > 1 and size else 0, size)
         parts.append(union(taken))
         circle = _Circle.of(row, rest)
@@ -98,7 +101,8 @@ def _fitting(circle: _Circle, places: Ints, areas: Ints, size: int) -> Ints:
     inside = (least <= areas) & (areas <= most)
     right = np.abs(areas[inside] - circle.share(size)) <= RIGHT * circle.share(size)
     found = places[inside]
-    return found[right | (circle.cut_rows(found, size) <= size * circle.row.num_layers)]
+    worth: Ints = found[right | (circle.cut_rows(found, size) <= size * circle.row.num_layers)]
+    return worth
 
 
 def _exact(circle: _Circle, size: int, first: int, last: int) -> int:
@@ -228,7 +232,8 @@ class _Circle:
         both = np.concatenate([places, stops - self.length * over])
         stretch = self.edges[1:-1].searchsorted(both, "right")
         before = self.row.area_before(both - self.shifts[stretch]) + self.lifts[stretch]
-        return before[len(places) :] - before[: len(places)] + self.area * over
+        areas: Ints = before[len(places) :] - before[: len(places)] + self.area * over
+        return areas
 
     def cut_rows(self, places: Ints, size: int) -> Ints:
         """K/V rows that the two cuts of each window cost. A cut that is there already costs nothing."""
@@ -242,9 +247,8 @@ class _Circle:
         """Ranges of the row in a window, and those of the rest, from behind the window on."""
         stop = place + size
         over = max(0, stop - self.length)
-        return self._between(0, over) + self._between(place, stop), self._between(stop, self.length) + self._between(
-            over, place
-        )
+        rest = self._between(stop, self.length) + self._between(over, place)
+        return self._between(0, over) + self._between(place, stop), rest
 
     def _between(self, first: int, last: int) -> Ranges:
         return tuple((start, stop) for start, stop, _ in self._overlaps(first, last))
@@ -285,12 +289,7 @@ def _one_row(work: Sequence[tuple[Mask, int]]) -> tuple[Mask, Layers]:
         raise UsageError("a balanced layout needs the mask of at least one layer, and got none: pass [(mask, 1)]")
     mask, layers = work[0][0], Counter[int | None]()
     for other, count in work:
-        if (other.length, other.causal, other.documents, other.prefixes) != (
-            mask.length,
-            mask.causal,
-            mask.documents,
-            mask.prefixes,
-        ):
+        if _row_of(other) != _row_of(mask):
             raise UsageError(
                 f"a balanced layout got masks of different rows, of {mask.length} and {other.length} tokens: the masks "
                 f"of a row's layers may differ in their windows only; derive them by mask.with_window"

@@ -44,7 +44,13 @@ def forecast(
     """
     ranks = range(layout.degree) if ranks is None else ranks
     plans = [scheme.plan(mask, layout, rank, heads) for rank in ranks]
-    stages = [plan.stages(rates.value_bytes, rates.gradient_bytes) for plan in plans]
+    return forecast_stages([plan.stages(rates.value_bytes, rates.gradient_bytes) for plan in plans], heads, rates)
+
+
+def forecast_stages(
+    stages: Sequence[tuple[tuple[Stage, ...], tuple[Stage, ...]]], heads: HeadShape, rates: Rates
+) -> Forecast:
+    """`forecast` from what plans said: the stages of some ranks, forward and backward each."""
     total, computing, exposed, travelling = 0.0, 0.0, 0.0, 0.0
     sent = []
     for way, flops in ((0, FORWARD_FLOPS), (1, BACKWARD_FLOPS)):

@@ -52,13 +52,13 @@ class Decoder(nn.Module):
         *,
         embed_tokens: nn.Embedding,
         num_layers: int,
-        layer: Callable[[], DecoderLayer],
+        layer: Callable[[int], DecoderLayer],
         norm: nn.Module,
         rotary_emb: RotaryEmbedding,
     ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
-        self.layers = nn.ModuleDict({str(i): layer() for i in range(num_layers)})
+        self.layers = nn.ModuleDict({str(i): layer(i) for i in range(num_layers)})
         self.norm = norm
         self.rotary_emb = rotary_emb
         self.run_block = RunBlock()

@@ -11,8 +11,11 @@ from typing import Any
 from zoo.core.errors import DataError
 from zoo.models.common.fields import Fields
 from zoo.models.common.rope_parameters import RopeParameters, hub_rope, override_rope, parse_rope
+from zoo.models.llama3.windows import hub_windows, override_windows, read_windows
 
 MODEL_TYPE = "llama"
+MODEL_TYPES = ("llama", "mistral", "ministral")
+"""What the hub calls this decoder: without windows, with one in every layer, with one in some layers."""
 TINY = Path(__file__).parent / "tiny"
 """A small trained checkpoint in the hub's form that ships with the package."""
 
@@ -37,11 +40,14 @@ class LlamaConfig:
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
+    windows: tuple[int | None, ...]
+    """The sliding window of each layer in tokens, the token itself included."""
+    model_type: str = MODEL_TYPE
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
 
 
 def parse(config: Mapping[str, Any]) -> LlamaConfig:
-    """From any Hugging Face Llama config.json, of transformers 4 or 5. Raises DataError.
+    """From any Hugging Face Llama, Mistral or Ministral config.json, of transformers 4 or 5. Raises DataError.
 
     Absent fields take transformers' defaults. Sizes are capped far above any published model, so that a
     hostile file cannot ask for memory. Fields that would change the function and are not implemented
@@ -51,14 +57,17 @@ def parse(config: Mapping[str, Any]) -> LlamaConfig:
     _refuse(fields)
     heads = fields.integer("num_attention_heads", 32, high=1 << 12)
     hidden = fields.integer("hidden_size", 4096, high=1 << 17)
-    length = fields.integer("max_position_embeddings", 2048, high=1 << 32)
+    kind = config.get("model_type") or MODEL_TYPE
+    inner, kv_heads, native = (11008, heads, 2048) if kind == MODEL_TYPE else (14336, 8, 131_072)
+    length = fields.integer("max_position_embeddings", native, high=1 << 32)
+    layers = fields.integer("num_hidden_layers", 32, high=1 << 10)
     parsed = LlamaConfig(
         vocab_size=fields.integer("vocab_size", 32000, high=1 << 22),
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", 11008, high=1 << 20),
-        num_hidden_layers=fields.integer("num_hidden_layers", 32, high=1 << 10),
+        intermediate_size=fields.integer("intermediate_size", inner, high=1 << 20),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", heads, high=heads),
+        num_key_value_heads=fields.integer("num_key_value_heads", kv_heads, high=heads),
         head_dim=fields.integer("head_dim", max(hidden // heads, 1), low=2, high=1 << 12),
         max_position_embeddings=length,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
@@ -69,6 +78,8 @@ def parse(config: Mapping[str, Any]) -> LlamaConfig:
         bos_token_id=fields.token("bos_token_id", 1),
         eos_token_id=fields.tokens("eos_token_id", 2),
         pad_token_id=fields.token("pad_token_id", None),
+        windows=read_windows(fields, kind, layers),
+        model_type=kind,
         rope_parameters=parse_rope(config, default_theta=10_000.0, max_position_embeddings=length),
     )
     _check(parsed)
@@ -76,7 +87,7 @@ def parse(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _refuse(fields: Fields) -> None:
-    fields.fixed("model_type", MODEL_TYPE)
+    fields.fixed("model_type", *MODEL_TYPES)
     fields.fixed("hidden_act", "silu")
     fields.fixed("attention_dropout", 0, 0.0)
     if fields.has("quantization_config"):
@@ -96,6 +107,11 @@ def _check(config: LlamaConfig) -> None:
         raise DataError(
             f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
         )
+    if config.model_type != MODEL_TYPE and (config.attention_bias or config.mlp_bias):
+        raise DataError(
+            f"config.json: a Llama with a sliding window is the hub's {config.model_type}, which has no biases; "
+            f"unset attention_bias and mlp_bias, or sliding_window"
+        )
     least = 4 if config.rope_parameters.rope_type == "dynamic" else 2
     if config.head_dim % 2 or config.head_dim < least:
         raise DataError(f"config.json: head_dim ({config.head_dim}) must be even and at least {least} for RoPE")
@@ -104,9 +120,10 @@ def _check(config: LlamaConfig) -> None:
 def hub_config(config: LlamaConfig) -> dict[str, Any]:
     """The fields of a config.json from which transformers 4 and 5 build the same model."""
     eos = config.eos_token_id
+    biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "pretraining_tp": 1}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
+        "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -119,13 +136,11 @@ def hub_config(config: LlamaConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
-        "mlp_bias": config.mlp_bias,
+        **(biases if config.model_type == MODEL_TYPE else hub_windows(config.windows, config.model_type)),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": config.pad_token_id,
-        "pretraining_tp": 1,
         "use_cache": True,
         **hub_rope(config.rope_parameters, max_position_embeddings=config.max_position_embeddings),
     }
@@ -137,7 +152,7 @@ def override(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     Heads follow the width unless they were set apart from it: a derived `head_dim` is derived again, a model
     without grouped heads stays one.
     """
-    changed = {**override_rope(fields, over), **over}
+    changed = override_windows({**override_rope(fields, over), **over}, over)
     derived = fields["hidden_size"] == fields["num_attention_heads"] * fields["head_dim"]
     if derived and "head_dim" not in over:
         del changed["head_dim"]

@@ -1,4 +1,4 @@
-"""Llama 3 (2407.21783): the shared decoder with RMSNorm, grouped-query attention and SwiGLU."""
+"""Llama 3 (2407.21783): the shared decoder with RMSNorm, grouped-query attention and SwiGLU; windows as Mistral's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(config: LlamaConfig) -> CausalLM:
     return model
 
 
-def _layer(config: LlamaConfig) -> DecoderLayer:
+def _layer(config: LlamaConfig, index: int) -> DecoderLayer:
     return DecoderLayer(
         self_attn=Attention(
             hidden_size=config.hidden_size,
@@ -42,6 +42,7 @@ def _layer(config: LlamaConfig) -> DecoderLayer:
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             bias=config.attention_bias,
+            window=config.windows[index],
         ),
         mlp=SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias),
         input_layernorm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
@@ -64,6 +65,8 @@ SPEC = ModelSpec(
     build=build,
     plan=plan,
     flops_per_token=flops_per_token,
+    windows=lambda config: config.windows,
+    optional_fields=("sliding_window", "layer_types"),
     override=override,
     init_buffers=init_buffers,
 )

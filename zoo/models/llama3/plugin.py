@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.core.entries import ModelEntry
 from zoo.core.hookspecs import hookimpl
 from zoo.models.common.rope_parameters import rope_for_length
-from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, PARAMETERS, SIZES, TINY, LlamaConfig, parse
+from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES, TINY, LlamaConfig, parse
 
 if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
@@ -23,7 +23,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
         ModelEntry(
             name=NAME,
             target="zoo.models.llama3.model:SPEC",
-            help="Llama 3, 3.1, 3.2 and 3.3, and anything else of the hub's model type 'llama'",
+            help="Llama 3, 3.1, 3.2 and 3.3, and anything else of the hub's model types 'llama', 'mistral', 'ministral'",
             model_type=MODEL_TYPE,
             sizes=SIZES,
             default_size="8b",
@@ -38,7 +38,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
 
 @hookimpl(trylast=True)
 def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
-    return NAME if config.get("model_type") == MODEL_TYPE else None
+    return NAME if config.get("model_type") in MODEL_TYPES else None
 
 
 @hookimpl(trylast=True)

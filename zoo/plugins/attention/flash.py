@@ -83,7 +83,8 @@ class Flash(BandedBackend):
         deterministic = self._deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        self._version(q).backward(*rows, lse, (dq, dk, dv), layout.segments, scale, deterministic=deterministic)
+        grads = dq, dk, dv
+        version.backward(dout, q, k, v, out, lse, grads, layout.segments, scale, deterministic=deterministic)
         for grad, lone in ((dq, layout.lone_queries), (dk, layout.lone_keys), (dv, layout.lone_keys)):
             if lone is not None:
                 grad.masked_fill_(lone[:, None, None], 0.0)

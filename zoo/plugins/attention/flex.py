@@ -134,9 +134,9 @@ def _score(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: T
 
 def _derivative(
     _score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor, grad: Tensor
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """The derivative of `_score`. The compiler finds it by itself, torch before 2.12 does not."""
-    return grad, None, None, None, None
+    return [grad, None, None, None, None]
 
 
 def _compiled(function: Callable[..., Any], *args: Any) -> Any:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from zoo.core.contracts import Forecast, LayoutRequest
 
 _PREFERENCE = ("halo", "ring", "allgather", "hybrid", "ulysses")
-"""Between forecasts that do not differ by a hundredth: what holds less memory, and waits for fewer ranks, first."""
-_TIE = 1.01
+"""Between forecasts that do not differ by a twentieth: what holds less memory, and waits for fewer ranks, first."""
+_TIE = 1.05
 
 
 @hookimpl(trylast=True)

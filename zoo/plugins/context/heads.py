@@ -48,8 +48,8 @@ def sharing_problem(heads: HeadShape, degree: int) -> str | None:
         return None
     most = next(n for n in range(degree, 0, -1) if _fits(heads, n))
     return (
-        f"{heads.num_heads} query heads over {heads.num_kv_heads} key/value heads cannot be dealt out to {degree} "
-        f"ranks: at most {most}"
+        f"{heads.num_heads} query heads over {heads.num_kv_heads} key/value heads can be dealt out to at most {most} "
+        f"ranks, not to {degree}"
     )
 
 

@@ -46,9 +46,9 @@ class Hybrid:
             return None
         if not self._group or degree % self._group:
             sizes = [n for n in range(1, degree + 1) if degree % n == 0]
-            return f"--cp-scheme {self.name} with --cp {degree}: groups have {', '.join(map(str, sizes))} ranks"
+            return f"groups of {degree} ranks have {', '.join(map(str, sizes[:-1]))} or {sizes[-1]}, not {self._group}"
         reason = sharing_problem(problem.heads, self._group)
-        return reason and f"--cp-scheme {self.name}: {reason}; name a smaller group, or type --cp-scheme ring"
+        return reason and f"{reason}; name a smaller group, or type --cp-scheme ring"
 
     def inner(self, heads: HeadShape, degree: int) -> int:
         """Ranks of a group."""

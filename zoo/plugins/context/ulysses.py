@@ -23,7 +23,7 @@ class Ulysses(Hybrid):
     def check(self, problem: AttentionProblem, length: int, degree: int) -> str | None:
         """None, or that there are not enough heads, with the most ranks there are enough for."""
         reason = sharing_problem(problem.heads, degree)
-        return reason and f"--cp-scheme ulysses: {reason}; lower --cp, or type --cp-scheme hybrid"
+        return reason and f"{reason}; lower --cp, or type --cp-scheme hybrid"
 
     def inner(self, heads: HeadShape, degree: int) -> int:
         return degree

@@ -1,0 +1,269 @@
+"""The context scheme of every layer: asked for or chosen by forecast, explained in numbers, refused with reasons."""
+
+import re
+
+import pytest
+
+from zoo.core.attention.mask import Mask
+from zoo.core.attention.row_layout import row_layout
+from zoo.core.context_choice import choose_schemes, forecasts, load_scheme, rates, settled
+from zoo.core.contracts import AttentionProblem, LayoutRequest
+from zoo.core.errors import PluginError, UsageError
+from zoo.core.job import Job
+from zoo.core.plugins import Plugins
+from zoo.core.registry import Registry
+
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
+BUILT_IN = ("ring", "allgather", "ulysses", "hybrid", "halo")
+
+
+@pytest.fixture
+def registry(distributions):
+    """A function from (distribution, source) pairs to the registry with those installed."""
+
+    def build(*sources, **kwargs):
+        for dist, source in sources:
+            distributions.add(dist, HEAD + source)
+        return Registry(Plugins.load(**kwargs))
+
+    return build
+
+
+def _job(scheme="auto"):
+    return Job().replace("data", seq=4096).replace("layout", cp_scheme=scheme)
+
+
+def _request(cp=4, *, windows=None, seq=4096, heads=(8, 2), dtype="bfloat16"):
+    problem = AttentionProblem(device="cpu", dtype=dtype, head_dim=64, num_heads=heads[0], num_kv_heads=heads[1])
+    degrees = {"cp": cp}
+    return LayoutRequest(
+        degrees=degrees, seq=seq, model="m", config=None, problem=problem, windows=windows or {None: 2}
+    )
+
+
+def _names(schemes):
+    return {window: scheme.name for window, scheme in schemes.items()}
+
+
+def _chosen(registry, scheme, **request):
+    return choose_schemes(_job(scheme), registry, _request(**request))
+
+
+def test_one_rank_needs_no_scheme(registry):
+    assert _chosen(registry(), "auto", cp=1) == ({}, "")
+    assert settled(_job("auto"), {}).layout.cp_scheme == "auto"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_is_asked_for_is_taken_for_all_layers(registry, name):
+    schemes, note = _chosen(registry(), name, windows={None: 2, 64: 3})
+    assert _names(schemes) == {None: name, 64: name}
+    assert note == f"{name} for 2 layers (asked for) and {name} for 3 layers of window 64 (asked for)"
+    schemes, note = _chosen(registry(), name)
+    assert (_names(schemes), note) == ({None: name}, f"{name} (asked for)")
+
+
+def test_two_names_are_for_layers_without_and_with_a_window(registry):
+    schemes, note = _chosen(registry(), "ring,halo", windows={None: 1, 64: 3})
+    assert _names(schemes) == {None: "ring", 64: "halo"}
+    assert note == "ring for 1 layer (asked for) and halo for 3 layers of window 64 (asked for)"
+    schemes, _ = _chosen(registry(), "ring, auto", windows={None: 1, 64: 3})
+    assert _names(schemes) == {None: "ring", 64: "halo"}
+    assert _names(_chosen(registry(), "ring,halo", windows={None: 2})[0]) == {None: "ring"}
+    assert _names(_chosen(registry(), "ring,halo", windows={64: 2})[0]) == {64: "halo"}
+
+
+def test_auto_chooses_for_each_window_and_says_with_which_numbers(registry):
+    schemes, note = _chosen(registry(), "auto", windows={None: 2, 64: 3}, seq=65536)
+    assert schemes[64].name == "halo"
+    assert schemes[None].name in BUILT_IN
+    plain, windowed = note.split(" and halo for 3 layers of window 64 ")
+    assert plain.startswith(f"{schemes[None].name} for 2 layers (chosen by plugin choice ")
+    numbers = r"[\d.]+ \w+ \+ [\d.]+ \w+ sent, \d+ % hidden, \d[\w. ]*"
+    for sentence, chosen in ((plain, schemes[None].name), (windowed, "halo")):
+        assert re.search(f"forecast for a layer and one document: {numbers}", sentence)
+        for other in set(BUILT_IN) - {chosen}:
+            assert re.search(f"; {other} {numbers}", sentence), (other, sentence)
+
+
+def test_auto_says_of_those_that_cannot_why(registry):
+    schemes, note = _chosen(registry(), "auto", cp=16)
+    assert schemes[None].name != "ulysses"
+    assert "ulysses cannot: 8 query heads over 2 key/value heads can be dealt out to at most 8 ranks" in note
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("ring:3", ["--cp-scheme ring:3", "takes nothing after its name", "type --cp-scheme ring"]),
+        ("ulysses:2", ["--cp-scheme ulysses:2", "takes nothing after its name"]),
+        ("hybrid:x", ["--cp-scheme hybrid:x", "size of a group, as hybrid:4"]),
+        ("hybrid:", ["--cp-scheme hybrid:", "size of a group, as hybrid:4"]),
+        ("hybrid:-2", ["--cp-scheme hybrid:-2", "size of a group"]),
+        ("hybrid:3", ["--cp-scheme hybrid:3 with --cp 4", "1, 2 or 4, not 3"]),
+        ("hybrid:0", ["--cp-scheme hybrid:0 with --cp 4", "1, 2 or 4, not 0"]),
+        ("ring,halo,ring", ["--cp-scheme ring,halo,ring", "or two: without and with a window"]),
+        ("rign", ["unknown context scheme 'rign'", "did you mean 'ring'?", "known: allgather, halo"]),
+        ("hybird:4", ["unknown context scheme 'hybird'", "did you mean 'hybrid'?"]),
+        ("ring,hallo", ["unknown context scheme 'hallo'", "did you mean 'halo'?"]),
+        ("", ["unknown context scheme ''"]),
+        ("ring,", ["unknown context scheme ''"]),
+    ],
+)
+def test_names_that_mean_nothing_are_refused_in_one_line(registry, scheme, words):
+    with pytest.raises(UsageError) as error:
+        _chosen(registry(), scheme, windows={None: 1, 64: 1})
+    said = str(error.value)
+    assert all(word in said for word in words), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("scheme", ["rign", "ring,halo,ring"])
+def test_names_are_checked_on_one_rank_too(registry, scheme):
+    with pytest.raises(UsageError):
+        _chosen(registry(), scheme, cp=1)
+
+
+def test_too_few_heads_are_refused_with_what_works(registry):
+    with pytest.raises(UsageError) as error:
+        _chosen(registry(), "ulysses", cp=16)
+    assert str(error.value) == (
+        "--cp-scheme ulysses with --cp 16: 8 query heads over 2 key/value heads can be dealt out to at most 8 ranks, "
+        "not to 16; lower --cp, or type --cp-scheme hybrid"
+    )
+    with pytest.raises(UsageError, match=r"hybrid:16 with --cp 16: .* name a smaller group, or type --cp-scheme ring"):
+        _chosen(registry(), "hybrid:16", cp=16)
+
+
+SCHEME = """
+from zoo.plugins.context.ring import Ring
+class Mine(Ring):
+    name = "mine"
+    def check(self, problem, length, degree): return {reason}
+@hookimpl
+def zoo_register_context_schemes(): return [ContextSchemeEntry(name="mine", target="zoo_mine:Mine")]
+"""
+DECIDES = """
+@hookimpl
+def zoo_select_context_scheme(request, window, candidates):
+    return {answer}
+"""
+
+
+def test_a_plugin_may_decide(registry):
+    found = registry(("zoo-mine", SCHEME.format(reason=None) + DECIDES.format(answer="'mine' if window else None")))
+    schemes, note = _chosen(found, "auto", windows={None: 1, 64: 1})
+    assert schemes[64].name == "mine"
+    assert schemes[None].name != "mine"
+    assert "mine for 1 layer of window 64 (chosen by plugin mine (zoo-mine 1.0); forecast for a layer" in note
+    assert "(chosen by plugin choice (zoo" in note
+    assert _names(_chosen(found, "mine")[0]) == {None: "mine"}
+
+
+def test_a_plugin_cannot_decide_for_what_cannot_run(registry):
+    found = registry(("zoo-mine", SCHEME.format(reason="'not today'") + DECIDES.format(answer="'mine'")))
+    with pytest.raises(PluginError, match=r"mine \(zoo-mine 1.0\) answered zoo_select_context_scheme with 'mine'"):
+        _chosen(found, "auto")
+    with pytest.raises(UsageError, match="--cp-scheme mine with --cp 4: not today"):
+        _chosen(found, "mine")
+
+
+def test_without_anybody_to_decide_the_fastest_is_taken(registry):
+    found = registry(block=["choice"])
+    schemes, note = _chosen(found, "auto", windows={None: 1, 64: 1}, seq=65536)
+    costs = forecasts(
+        {name: load_scheme(found, name) for name in BUILT_IN},
+        _request(windows={None: 1, 64: 1}, seq=65536),
+        Mask.whole(65536),
+        balance="auto",
+        wire=None,
+    )
+    assert schemes[None].name == min(costs, key=lambda name: costs[name].seconds)
+    assert "chosen by plugin" not in note
+
+
+def test_without_any_scheme_that_can_the_first_reason_is_given(registry):
+    blocked = ["ring", "allgather", "hybrid", "halo"]
+    with pytest.raises(UsageError, match="at most 8 ranks, not to 16; lower --cp"):
+        _chosen(registry(block=blocked), "auto", cp=16)
+    with pytest.raises(UsageError, match="--cp 4 needs a context scheme and no plugin provides one; see `zoo plugins`"):
+        _chosen(registry(block=[*blocked, "ulysses"]), "auto")
+
+
+@pytest.mark.parametrize(
+    ("asked", "windows", "written"),
+    [
+        ("ring", {None: 2}, "ring"),
+        ("ring,halo", {None: 2, 64: 2}, "ring,halo"),
+        ("ring,halo", {64: 2}, "halo"),
+        ("ring,ring", {None: 2, 64: 2}, "ring"),
+        ("hybrid:2", {None: 2}, "hybrid:2"),
+        ("hybrid:2,halo", {None: 2, 64: 2}, "hybrid:2,halo"),
+        ("auto", {None: 2, 64: 2}, None),
+        ("auto", {64: 2}, None),
+    ],
+)
+def test_what_was_chosen_is_written_so_that_it_is_chosen_again(registry, asked, windows, written):
+    found = registry()
+    schemes, _ = _chosen(found, asked, windows=windows)
+    job = settled(_job(asked), schemes)
+    assert written is None or job.layout.cp_scheme == written
+    assert "auto" not in job.layout.cp_scheme
+    again, _ = choose_schemes(Job.from_plain(job.settings()), found, _request(windows=windows))
+    assert _names(again) == _names(schemes)
+    assert settled(job, again) == job
+
+
+def test_forecasts_are_of_the_layout_that_rows_will_have(registry):
+    """A layer's window changes what it computes, not how the row of all layers is cut."""
+    layouts, windows = [], {None: 2, 64: 2}
+
+    class Spy(type(load_scheme(registry(), "ring"))):
+        def plan(self, mask, layout, rank, heads):
+            layouts.append((mask.window, layout))
+            return super().plan(mask, layout, rank, heads)
+
+    for window in windows:
+        mask = Mask.whole(4096, window=window)
+        forecasts({"spy": Spy()}, _request(windows=windows), mask, balance="auto", wire=None)
+    assert {window for window, _ in layouts} == {None, 64}
+    assert {layout for _, layout in layouts} == {row_layout(Mask.whole(4096), windows, 4)}
+
+
+def test_forecasts_count_types_on_the_wire(registry):
+    schemes = {name: load_scheme(registry(), name) for name in BUILT_IN}
+    mask, request = Mask.whole(4096), _request(dtype="float32")
+    wide, narrow = (forecasts(schemes, request, mask, balance="auto", wire=wire) for wire in (None, "bfloat16"))
+    for name in BUILT_IN:
+        assert [2 * sent for sent in narrow[name].sent] == list(wide[name].sent)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wire", "value", "gradient"),
+    [
+        ("float64", None, 8, 8),
+        ("float32", None, 4, 4),
+        ("bfloat16", None, 2, 4),
+        ("bfloat16", "bfloat16", 2, 2),
+        ("float32", "bfloat16", 2, 2),
+        ("float64", "float32", 4, 4),
+        ("bfloat16", "float32", 2, 4),
+    ],
+)
+def test_numbers_travel_in_their_own_type_or_a_narrower_one(dtype, wire, value, gradient):
+    found = rates(_request(dtype=dtype).problem, 4, wire)
+    assert (found.value_bytes, found.gradient_bytes) == (value, gradient)
+    assert found.flops > 0
+    assert found.link > 0
+
+
+def test_a_mask_that_shows_everything_is_forecast_as_such(registry):
+    causal, full = (
+        choose_schemes(_job("auto").replace("attention", mask=mask), registry(), _request())[1]
+        for mask in ("causal", "full")
+    )
+    assert causal != full
+
+
+def test_more_ranks_than_tokens_is_the_adapters_to_refuse(registry):
+    assert set(_names(_chosen(registry(), "auto", cp=8, seq=5)[0])) == {None}

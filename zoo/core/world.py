@@ -1,0 +1,32 @@
+"""The process group of all ranks: what a rank joins before anything else, and leaves last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from zoo.core.device import accelerator_type
+from zoo.core.launch import inside_launcher
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The world, and this rank's device: gloo for the host, and the accelerator's own backend beside it."""
+    kind = accelerator_type()
+    backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if kind else "gloo"
+    if inside_launcher():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    device = torch.device("cpu")
+    if kind:
+        device = torch.device(kind, dist.get_node_local_rank(fallback_rank=0))
+        torch.accelerator.set_device_index(device)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
