@@ -49,7 +49,19 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        (("llama3", "--seq", "1000", "--cp", "7"), 2, ["1000", "--cp 7", "2*cp = 14", "--seq 994", "--seq 1008"]),
+        (("llama3", "--seq", "4", "--cp", "7"), 2, ["--seq 4", "--cp 7", "lower --cp to 4"]),
+        (("llama3", "--cp", "8", "--cp-scheme", "ulysses"), 2, ["ulysses", "at most 4 ranks", "--cp-scheme hybrid"]),
+        (("llama3", "--cp", "4", "--cp-scheme", "hybrid:3"), 2, ["hybrid:3", "1, 2 or 4, not 3"]),
+        (("llama3", "--cp", "4", "--cp-scheme", "ring:3"), 2, ["ring:3", "takes nothing after its name"]),
+        (("llama3", "--cp", "4", "--cp-scheme", "a,b,c"), 2, ["a,b,c", "without and with a window"]),
+        (("llama3", "--set", "attention.mask=prefixes"), 2, ["attention.mask", "causal, prefix, full", "'prefix'"]),
+        (("llama3", "--set", "layout.cp_balance=zigzag"), 2, ["layout.cp_balance", "head-tail"]),
+        (
+            ("llama3", "--set", "attention.mask=full", "--set", "model.sliding_window=64"),
+            2,
+            ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
+        ),
+        (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
         (("llama3", "--tp", "2"), 2, ["--tp 2", "'tp'", "cp, dp_shard"]),
         (("llama3", "--cp", "0"), 2, ["--cp 0", "at least 1"]),
         (("llama4",), 2, ["llama4", "did you mean 'llama3'"]),

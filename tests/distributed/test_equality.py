@@ -15,9 +15,11 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scheme", ["ring", "allgather"])
-@pytest.mark.parametrize("cp", [2, 4, 8])
-def test_context_parallel_runs_equal_one_process(cp, scheme, single, tmp_path):
+@pytest.mark.parametrize(
+    ("scheme", "cp"),
+    [("ring", 2), ("ring", 4), ("ring", 8), ("allgather", 8), ("halo", 4), ("ulysses", 4), ("hybrid:2", 8), ("auto", 3)],
+)
+def test_context_parallel_runs_equal_one_process(scheme, cp, single, tmp_path):
     run = train(tmp_path / "run", *JOB, "--global-batch", "2", "--cp", cp, "--cp-scheme", scheme)
     assert_same(run, single)
 

@@ -130,9 +130,7 @@ def test_the_best_group_sends_least(shape, degree, group):
 
 
 def _problem(num_heads, num_kv_heads):
-    return AttentionProblem(
-        device="cpu", dtype="float32", head_dim=8, num_heads=num_heads, num_kv_heads=num_kv_heads
-    )
+    return AttentionProblem(device="cpu", dtype="float32", head_dim=8, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _attention(scheme, mask, kind, dtype=torch.float64, group=None, wire=None):
 
 
 def _share(scheme, mask, layout, shape, dtype, link, backend=None):
-    """out, dq, dk, dv of this rank, lse as the scheme leaves it, and what was seen and planned, forward and backward."""
+    """out, dq, dk, dv of this rank, lse as the scheme leaves it, and what was seen and planned each way."""
     rank = dist.get_rank(link.group)
     x = Example.random(shape, mask.length, dtype=dtype, device="cpu")
     q, k, v, dout = (layout.take(t, rank, 2).detach().clone() for t in (x.q, x.k, x.v, x.dout))

@@ -20,9 +20,7 @@ from zoo.core.units import format_bytes, format_duration
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def choose_schemes(
-    job: Job, registry: Registry, request: LayoutRequest
-) -> tuple[dict[int | None, ContextScheme], str]:
+def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tuple[dict[int | None, ContextScheme], str]:
     """The scheme for each window that layers of the model have, and a sentence on them; empty without `--cp`.
 
     `--cp-scheme A` means all layers, `A,B` those without and with a window. Raises UsageError if one cannot run.
@@ -113,9 +111,7 @@ def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: 
     return scheme
 
 
-def _choose(
-    job: Job, registry: Registry, request: LayoutRequest, window: int | None
-) -> tuple[ContextScheme, str]:
+def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:
     degree = request.degrees["cp"]
     schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
     reasons = {name: scheme.check(request.problem, request.seq, degree) for name, scheme in schemes.items()}

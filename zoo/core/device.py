@@ -16,7 +16,7 @@ Default = TypeVar("Default", float, None)
 # Dense peak of one accelerator in bf16, TFLOP/s, from the vendors' data sheets; matched as part of the device name.
 _PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0}
 
-# What one rank sends a second to a neighbour on the same machine, by the same sheets: NVLink, or PCIe where there is none.
+# What a rank sends a second to another on the same machine, by the same sheets: NVLink, or PCIe where there is none.
 _LINK_BYTES = {"B200": 900e9, "H200": 450e9, "H100": 450e9, "A100": 300e9, "L40S": 32e9, "L4": 32e9, "A10": 32e9}
 _NETWORK_BYTES = 50e9
 """A 400 Gbit/s adapter for each accelerator."""

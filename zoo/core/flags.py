@@ -44,7 +44,7 @@ FLAGS = (
     Flag("ep", "layout.ep", "expert-parallel degree", "N"),
     Flag("dp-shard", "layout.dp_shard", "data-parallel degree that shards the weights; fills the machine", "N"),
     Flag("dp-replicate", "layout.dp_replicate", "data-parallel degree that replicates them", "N"),
-    Flag("cp-scheme", "layout.cp_scheme", "how K/V travel between ranks: auto, or a scheme; two, as ring,halo, for layers without and with a window"),
+    Flag("cp-scheme", "layout.cp_scheme", "how K/V travel: auto, a scheme, or ring,halo: without and with a window"),
     Flag("attn", "attention.backend", "attention kernel: auto or a backend's name"),
     Flag("memory", "memory.policy", "what is kept for backward: auto, none, full"),
     Flag("steps", "schedule.steps", "optimizer steps", "N"),

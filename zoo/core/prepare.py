@@ -47,6 +47,10 @@ _CHOICES = {
     "layout.cp_balance": BALANCES,
     "layout.cp_wire": (None, "bfloat16", "float16", "float32"),
 }
+_MASK_NOTES = {
+    "prefix": "prompts (what comes before the first trained token) are seen whole, the rest is causal",
+    "full": "every token sees its whole document, the label it is trained on included",
+}
 _AT_LEAST_ONE = ("schedule.steps", "checkpoint.every", "checkpoint.keep", "log.every", "data.micro_batch")
 
 
@@ -135,6 +139,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         ("layout", describe_layout(adapters, degrees)),
         ("attention", why_backend),
         *((("context", why_schemes),) if why_schemes else ()),
+        *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
         ("memory", why_policy),
     )
     return Prepared(

@@ -52,7 +52,7 @@ def test_recompute_changes_nothing():
     plain = _run(x, lambda q, k, v: seam(q, k, v, MASK))
     again = _run(x, lambda q, k, v: checkpoint(seam, q, k, v, MASK, use_reentrant=False))
     assert all(map(torch.equal, plain, again))
-    assert seam.backend.area == 5 * MASK.area  # forward and backward; forward, forward again and backward
+    assert seam.backend.scores == 5 * MASK.area * x.q.shape[0] * x.q.shape[1]  # forward and backward; forward, forward again and backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -103,23 +103,41 @@ class _Scheme:
     def __init__(self):
         self.plans = 0
 
-    def plan(self, mask, layout, rank):
+    def plan(self, mask, layout, rank, heads):
         self.plans += 1
-        return mask, layout, rank
+        return mask, layout, rank, heads
 
-    def forward(self, backend, plan, group, q, k, v, scale):
-        return q.clone(), q[..., 0]
+    def forward(self, backend, plan, link, q, k, v, scale):
+        return q.clone(), (q[..., 0],)
 
 
 def test_a_plan_is_made_once_per_batch():
     scheme = _Scheme()
-    seam, x = AttentionSeam(Formula(), Exchange(scheme=scheme, group=None)), _example()
+    seam, x = AttentionSeam(Formula(), Exchange(scheme=scheme, link=None)), _example()
     for expected in (1, 2):
         mask = ShardedMask(Mask.whole(80), SequenceLayout.head_tail(80, 2), 0)
         for _ in range(3):
             seam(x.q, x.k, x.v, mask)
         assert scheme.plans == expected
     assert repr(seam) == "AttentionSeam(backend=formula, scheme=counting)"
+
+
+def test_layers_of_other_windows_or_heads_get_plans_of_their_own():
+    scheme, x = _Scheme(), _example()
+    seams = [AttentionSeam(Formula(), Exchange(scheme=scheme, link=None), window=w) for w in (None, 7, 9)]
+    asked = set()
+    mask = ShardedMask(Mask.whole(80), SequenceLayout.head_tail(80, 2), 0, asked)
+    for _ in range(2):
+        for seam in seams:
+            seam(x.q, x.k, x.v, mask)
+            seam(x.q[:, :1], x.k[:, :1], x.v[:, :1], mask)
+    assert scheme.plans == 6
+    later = ShardedMask(Mask.whole(80), SequenceLayout.head_tail(80, 2), 0, asked)
+    later.prepare()
+    assert scheme.plans == 12
+    seams[1](x.q, x.k, x.v, later)
+    assert scheme.plans == 12
+    assert repr(seams[1]) == "AttentionSeam(backend=formula, scheme=counting, window=7)"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,6 @@ def test_a_plan_is_made_once_per_batch():
 )
 def test_the_wrong_mask_is_named(exchanged, mask, message):
     x = _example()
-    seam = AttentionSeam(Formula(), Exchange(scheme=_Scheme(), group=None) if exchanged else None)
+    seam = AttentionSeam(Formula(), Exchange(scheme=_Scheme(), link=None) if exchanged else None)
     with pytest.raises(UsageError, match=message):
         seam(x.q, x.k, x.v, mask)

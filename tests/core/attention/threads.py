@@ -22,9 +22,10 @@ PATIENCE = 60.0
 class Message:
     tensor: torch.Tensor
     done: threading.Event = field(default_factory=threading.Event)
+    lost: bool = False
 
     def wait(self):
-        if not self.done.wait(PATIENCE):
+        if not self.done.wait(PATIENCE) or self.lost:
             raise TimeoutError("a message was posted and nobody answered")
 
 
@@ -34,11 +35,13 @@ class Network:
     def __init__(self):
         self._lock = threading.Lock()
         self._posted = defaultdict(lambda: (deque(), deque()))
-        self.sent = 0
+        self._failed = False
 
     def post(self, source, target, tag, tensor, *, sends):
         message = Message(tensor)
         with self._lock:
+            if self._failed:
+                raise TimeoutError("another rank failed")
             waiting = self._posted[source, target, tag]
             waiting[not sends].append(message)
             if waiting[0] and waiting[1]:
@@ -48,10 +51,17 @@ class Network:
     def unmatched(self):
         return sum(len(side) for waiting in self._posted.values() for side in waiting)
 
+    def fail(self):
+        """Nobody needs to wait any longer."""
+        with self._lock:
+            self._failed = True
+            for message in [message for waiting in self._posted.values() for side in waiting for message in side]:
+                message.lost = True
+                message.done.set()
+
     def _deliver(self, sent, received):
         assert (sent.tensor.shape, sent.tensor.dtype) == (received.tensor.shape, received.tensor.dtype)
         received.tensor.copy_(sent.tensor)
-        self.sent += sent.tensor.nbytes
         sent.done.set()
         received.done.set()
 
@@ -90,12 +100,19 @@ def run(monkeypatch, degree, function, *, dtype=None):
 
     def on_a_rank(rank):
         torch.set_num_threads(1)
-        return function(rank, wire.Link(Port(network, rank), dtype))
+        try:
+            return function(rank, wire.Link(Port(network, rank), dtype))
+        except BaseException:
+            network.fail()
+            raise
 
     with ThreadPoolExecutor(degree) as pool:
-        results = list(pool.map(on_a_rank, range(degree)))
+        ranks = [pool.submit(on_a_rank, rank) for rank in range(degree)]
+        failures = [error for error in (rank.exception() for rank in ranks) if error is not None]
+    if failures:
+        raise next((error for error in failures if not isinstance(error, TimeoutError)), failures[0])
     assert network.unmatched() == 0
-    return results
+    return [rank.result() for rank in ranks]
 
 
 def attention(monkeypatch, scheme, backend, x, mask, layout, heads, *, dtype=None):

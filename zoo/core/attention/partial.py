@@ -57,7 +57,8 @@ class Gradients:
         self._backend, self._scale, self._groups = backend, scale, k.shape[1]
         self._dout, self._q, self._out, self._lse = dout, q, out, lse
         grads = attend_backward(backend, dout, q, k, v, out, lse, slices, scale)
-        self.dq, self.dk, self.dv = (grad.to(accumulation_dtype(grad.dtype)) for grad in grads)
+        # By the inputs' type: a kernel may return better, and ranks must agree on what travels.
+        self.dq, self.dk, self.dv = (grad.to(accumulation_dtype(q.dtype)) for grad in grads)
 
     def add(self, k: Tensor, v: Tensor, step: Step, *, groups: Range | None = None) -> tuple[Tensor, Tensor]:
         """Add the keys of a step to dq; returns dk and dv of `step.keys`.

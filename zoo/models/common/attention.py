@@ -14,7 +14,6 @@ from torch.nn import functional
 from zoo.core.errors import UsageError
 from zoo.models.common.rope import rotate
 
-
 _ROWS = 512
 """Query rows that are computed together under a window, at least."""
 

@@ -23,7 +23,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
         ModelEntry(
             name=NAME,
             target="zoo.models.llama3.model:SPEC",
-            help="Llama 3, 3.1, 3.2 and 3.3, and anything else of the hub's model types 'llama', 'mistral', 'ministral'",
+            help="Llama 3, 3.1, 3.2 and 3.3, and whatever the hub calls 'llama', 'mistral' or 'ministral'",
             model_type=MODEL_TYPE,
             sizes=SIZES,
             default_size="8b",

@@ -7,6 +7,7 @@ the rows for each reader first. Shape letters: B rows, T tokens of this rank, G 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.core.attention.layout import SequenceLayout
@@ -63,7 +64,7 @@ class FetchScheme:
         q, k, v, out, lse = saved
         fetched = _Fetch(plan, link, k, v)
         grads = Gradients(backend, dout, q, k, v, out, lse, plan.own, scale=scale)
-        returning = _Return(plan, link)
+        returning = _Return(plan, link, accumulation_dtype(k.dtype))
         for number, groups in enumerate(plan.groups):
             dk, dv = grads.add(*fetched.arrive(number), plan.step, groups=groups)
             returning.add_home(grads)
@@ -102,13 +103,13 @@ class _Fetch:
 class _Return:
     """dK/dV of fetched rows on their way to their owners, who add them up."""
 
-    def __init__(self, plan: FetchPlan, link: Link) -> None:
-        self._plan, self._link = plan, link
+    def __init__(self, plan: FetchPlan, link: Link, dtype: torch.dtype) -> None:
+        self._plan, self._link, self._dtype = plan, link, link.carried(dtype)
         self._coming: tuple[Transfer, Tensor, Tensor, Range] | None = None
 
     def send(self, dk: Tensor, dv: Tensor, groups: Range) -> None:
         """Start sending the gradients of a group of heads, dk and dv `[B, G, rows, H]` of all fetched rows."""
-        plan, dtype = self._plan, self._link.carried(accumulation_dtype(dk.dtype))
+        plan, dtype = self._plan, self._dtype
         computed = pack(dk, dv, ((0, plan.keys),), empty_rows(plan.keys, dk, dtype))
         returned = empty_rows(rows_in(plan.returned), dk, dtype)
         transfer = post(self._link, computed, plan.receives, returned, plan.returned, tag=_GRADIENTS)

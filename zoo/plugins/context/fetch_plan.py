@@ -69,9 +69,7 @@ class FetchPlan:
         return tuple(Stage(key + total, area) for key, total, area in zip(keys, sums, scores, strict=True))
 
 
-def fetch_plan(
-    mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape, *, num_groups: int = 1
-) -> FetchPlan:
+def fetch_plan(mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape, *, num_groups: int = 1) -> FetchPlan:
     """The plan of one rank. Messages between two ranks are in order of position on both sides.
 
     The key/value heads are fetched in so many groups, one after another; all ranks must say the same number.

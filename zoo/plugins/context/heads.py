@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from zoo.core.attention.ranges import Range
 from zoo.core.contracts import HeadShape
@@ -30,9 +31,7 @@ def share_heads(heads: HeadShape, degree: int) -> tuple[HeadShare, ...]:
     kv_heads, repeats = heads.num_kv_heads, heads.num_heads // heads.num_kv_heads
     if kv_heads >= degree:
         edges = [kv_heads * rank // degree for rank in range(degree + 1)]
-        return tuple(
-            HeadShare((repeats * a, repeats * b), (a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)
-        )
+        return tuple(HeadShare((repeats * a, repeats * b), (a, b)) for a, b in pairwise(edges))
     shares = []
     for kv_head in range(kv_heads):
         readers = _readers(kv_head, kv_heads, degree)

@@ -7,6 +7,7 @@ Shape letters: B rows, T tokens of this rank, N query heads, G key/value heads, 
 from __future__ import annotations
 
 from torch import Tensor
+
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.merge import accumulation_dtype
