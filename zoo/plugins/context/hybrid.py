@@ -7,22 +7,17 @@ N query heads, G key/value heads, n and g those of this rank, H head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
-from zoo.core.attention.ranges import Range
-from zoo.core.attention.wire import Link, exchange
+from zoo.core.attention.wire import Link
 from zoo.core.contracts import AttentionBackend, AttentionProblem, HeadShape
 from zoo.core.errors import UsageError
+from zoo.plugins.context.head_exchange import gather_rows, scatter_rows
 from zoo.plugins.context.heads import sharing_problem
 from zoo.plugins.context.hybrid_plan import HybridPlan, hybrid_plan
 from zoo.plugins.context.ring import Ring
-
-_IN, _OUT = 2, 3
 
 
 class Hybrid:
@@ -104,70 +99,3 @@ def best_group(heads: HeadShape, degree: int) -> int:
         return dealt + 2 * (degree // group - 1) * kv_heads
 
     return min(mixed, key=lambda group: (rows(group), group))
-
-
-def gather_rows(
-    plan: HybridPlan, link: Link, tensors: Sequence[Tensor], ranges: Sequence[Sequence[Range]]
-) -> list[Tensor]:
-    """Tensors `[B, heads, T, H]` to this rank's heads of all the group's rows, `[B, heads, S, H]` each.
-
-    `ranges[p][i]` are the heads of tensor i that go to number p of the group.
-    """
-    like = tensors[0]
-    batch, size, dtype = like.shape[0], like.shape[3], link.carried(like.dtype)
-    widths = [stop - start for start, stop in ranges[plan.me]]
-    whole = torch.empty((plan.rows, batch, sum(widths), size), dtype=dtype, device=like.device)
-    lengths = [stop - start for start, stop in plan.places[plan.me]]
-    sends = []
-    for number, peer in enumerate(plan.peers):
-        parts = [x[:, a:b] for x, (a, b) in zip(tensors, ranges[number], strict=True)]
-        packed = torch.cat(parts, 1).permute(2, 0, 1, 3).to(dtype).contiguous()
-        pieces = torch.split(packed, lengths)
-        if number == plan.me:
-            for place, piece in zip(plan.places[plan.me], pieces, strict=True):
-                whole[slice(*place)] = piece
-        else:
-            sends += [(peer, piece) for piece in pieces]
-    receives = [
-        (peer, whole[slice(*place)])
-        for number, peer in enumerate(plan.peers)
-        if number != plan.me
-        for place in plan.places[number]
-    ]
-    exchange(link, sends, receives, tag=_IN).wait()
-    return [x.to(like.dtype) for x in torch.split(whole.permute(1, 2, 0, 3), widths, dim=1)]
-
-
-def scatter_rows(
-    plan: HybridPlan,
-    link: Link,
-    tensors: Sequence[Tensor],
-    ranges: Sequence[Sequence[Range]],
-    num_heads: Sequence[int],
-) -> list[Tensor]:
-    """The way back: this rank's heads of the group's rows to all heads of its own rows; replicated heads add up.
-
-    Tensors are `[B, heads, S, H]`; `ranges` as in `gather_rows`; `num_heads[i]` are those of result i.
-    """
-    like = tensors[0]
-    batch, size, dtype = like.shape[0], like.shape[3], link.carried(like.dtype)
-    packed = torch.cat(list(tensors), 1).permute(2, 0, 1, 3).to(dtype).contiguous()
-    lengths = [stop - start for start, stop in plan.places[plan.me]]
-    sends, receives = [], []
-    arrived: list[Tensor] = []
-    for number, peer in enumerate(plan.peers):
-        if number == plan.me:
-            arrived.append(torch.cat([packed[slice(*place)] for place in plan.places[number]] or [packed[:0]]))
-            continue
-        sends += [(peer, packed[slice(*place)]) for place in plan.places[number]]
-        width = sum(stop - start for start, stop in ranges[number])
-        arrived.append(torch.empty((plan.local, batch, width, size), dtype=dtype, device=like.device))
-        receives += [(peer, piece) for piece in torch.split(arrived[-1], lengths)]
-    exchange(link, sends, receives, tag=_OUT).wait()
-    shapes = [(plan.local, batch, heads, size) for heads in num_heads]
-    results = [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes]
-    for parts, rows in zip(ranges, arrived, strict=True):
-        pieces = torch.split(rows, [b - a for a, b in parts], dim=2)
-        for result, (a, b), piece in zip(results, parts, pieces, strict=True):
-            result[:, :, a:b] += piece
-    return [result.permute(1, 2, 0, 3) for result in results]
