@@ -73,6 +73,14 @@ def test_two_names_are_for_layers_without_and_with_a_window(registry):
     assert _names(_chosen(registry(), "ring,halo", windows={64: 2})[0]) == {64: "halo"}
 
 
+def test_windows_of_several_sizes_share_one_scheme(registry):
+    schemes, note = _chosen(registry(), "auto", windows={None: 1, 4096: 2, 64: 3})
+    assert schemes[64] is schemes[4096]
+    assert f"and {schemes[64].name} for 5 layers of window 64, 4096 (" in note
+    again = settled(_job("auto"), schemes)
+    assert _names(choose_schemes(again, registry(), _request(windows={None: 1, 4096: 2, 64: 3}))[0]) == _names(schemes)
+
+
 def test_auto_chooses_for_each_window_and_says_with_which_numbers(registry):
     schemes, note = _chosen(registry(), "auto", windows={None: 2, 64: 3}, seq=65536)
     assert schemes[64].name == "halo"

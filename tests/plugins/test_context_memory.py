@@ -180,7 +180,8 @@ def test_a_scheme_that_holds_every_row_would_be_seen():
 @pytest.mark.parametrize("rows", [GROWING, FIXED], ids=["N/P fixed", "N fixed"])
 def test_dealt_heads_take_a_share_of_the_whole_row(rows, scheme):
     peaks, _ = _peaks(scheme, rows, _full)
-    assert peaks[4] == pytest.approx(peaks[8], rel=0.02)
+    # What stays on the rank is not packed for anybody: (P-1)/P of a share is.
+    assert peaks[4] == pytest.approx(peaks[8], rel=0.05)
     assert all(few <= 1.02 * many for few, many in zip(peaks[2], peaks[8], strict=True))
     assert peaks[8][0] < 6.5
     assert peaks[8][1] < 9.5

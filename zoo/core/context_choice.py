@@ -31,15 +31,20 @@ def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tupl
         return {}, ""
     schemes: dict[int | None, ContextScheme] = {}
     notes = []
-    for window, layers in sorted(request.windows.items(), key=lambda item: item[0] or 0):
-        wanted = plain if window is None else windowed
+    narrow = sorted(window for window in request.windows if window is not None)
+    for windows, wanted in (([None] if None in request.windows else [], plain), (narrow, windowed)):
+        if not windows:
+            continue
+        # The widest window stands for all, so that two names say everything.
+        window, layers = windows[-1], sum(request.windows[window] for window in windows)
         if wanted == "auto":
-            schemes[window], why = _choose(job, registry, request, window)
+            scheme, why = _choose(job, registry, request, window)
         else:
-            schemes[window], why = _asked_for(registry, request, wanted, degree), "asked for"
-        kind = f" of window {window}" if window is not None else ""
+            scheme, why = _asked_for(registry, request, wanted, degree), "asked for"
+        schemes |= dict.fromkeys(windows, scheme)
+        kind = f" of window {', '.join(map(str, windows))}" if window is not None else ""
         where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(request.windows) > 1 or kind else ""
-        notes.append(f"{schemes[window].name}{where} ({why})")
+        notes.append(f"{scheme.name}{where} ({why})")
     return schemes, " and ".join(notes)
 
 

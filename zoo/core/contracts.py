@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from zoo.core.entries import (
     AttentionEntry as AttentionEntry,
@@ -164,8 +164,7 @@ class SliceRule(IntEnum):
     """Both ranges have the same length; row i sees keys i to the end. Core turns it into CAUSAL for kernels."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSlice:
+class AttentionSlice(NamedTuple):
     """A rectangle of scores in local rows: queries `[q_start, q_stop)`, keys `[k_start, k_stop)`."""
 
     q_start: int

@@ -17,6 +17,7 @@ from zoo.core.context_choice import choose_schemes, settled
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
+    ContextScheme,
     ContextSetup,
     HubCheckpoint,
     LayoutRequest,
@@ -111,23 +112,17 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
-    problem = _problem(config, dtype)
-    backend, why_backend = choose_attention(job, registry, problem)
-    windows = _windows(job, origin, config)
     request = LayoutRequest(
         degrees=degrees.mapping(),
         seq=job.data.seq,
         model=origin.entry.name,
         config=config,
-        problem=problem,
-        windows=windows,
+        problem=_problem(config, dtype),
+        windows=_windows(job, origin, config),
     )
+    backend, why_backend = choose_attention(job, registry, request.problem)
     schemes, why_schemes = choose_schemes(job, registry, request)
-    # Weights and optimizer state are never held below fp32.
-    master = "float32" if dtype == "bfloat16" else dtype
-    balance, wire = job.layout.cp_balance, job.layout.cp_wire
-    context = ContextSetup(schemes=schemes, windows=windows, balance=balance, wire=wire) if schemes else None
-    setup = Setup(seq=job.data.seq, context=context, dtype=dtype, master_dtype=master)
+    setup = _setup(job, schemes, request.windows, dtype)
     adapters = check_layout(registry, replace(request, schemes=schemes), setup)
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
     job = settled(_settled(job, dtype, degrees, backend, policy), schemes)
@@ -151,7 +146,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         global_batch=global_batch,
         setup=setup,
         backend=backend,
-        windows=windows,
+        windows=request.windows,
         adapters=adapters,
         policy=policy,
         notes=notes,
@@ -235,6 +230,19 @@ def _windows(job: Job, origin: Origin, config: Any) -> dict[int | None, int]:
             f"{narrow} tokens, which narrows a causal mask only; leave attention.mask causal"
         )
     return dict(windows)
+
+
+def _setup(
+    job: Job, schemes: Mapping[int | None, ContextScheme], windows: Mapping[int | None, int], dtype: str
+) -> Setup:
+    balance, wire = job.layout.cp_balance, job.layout.cp_wire
+    return Setup(
+        seq=job.data.seq,
+        context=ContextSetup(schemes=schemes, windows=windows, balance=balance, wire=wire) if schemes else None,
+        dtype=dtype,
+        # Weights and optimizer state are never held below fp32.
+        master_dtype="float32" if dtype == "bfloat16" else dtype,
+    )
 
 
 def _settled(

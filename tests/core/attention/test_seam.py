@@ -52,7 +52,8 @@ def test_recompute_changes_nothing():
     plain = _run(x, lambda q, k, v: seam(q, k, v, MASK))
     again = _run(x, lambda q, k, v: checkpoint(seam, q, k, v, MASK, use_reentrant=False))
     assert all(map(torch.equal, plain, again))
-    assert seam.backend.scores == 5 * MASK.area * x.q.shape[0] * x.q.shape[1]  # forward and backward; forward, forward again and backward
+    # Forward and backward; forward, forward again and backward.
+    assert seam.backend.scores == 5 * MASK.area * x.q.shape[0] * x.q.shape[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

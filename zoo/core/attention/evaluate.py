@@ -7,6 +7,8 @@ Shape letters: B rows, T query tokens, S key tokens, N query heads, G key/value 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from zoo.core.attention.merge import accumulation_dtype, merge_
@@ -54,6 +56,7 @@ def attend_backward(
     return dq, dk, dv
 
 
+@lru_cache(maxsize=256)
 def _split(slices: Slices) -> tuple[Slices, Step]:
     """Slices a kernel takes as they are, and the others as it takes them once their rows are reversed."""
     straight = tuple(s for s in slices if s.rule is not SliceRule.ANTICAUSAL)

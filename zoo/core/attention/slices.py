@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 
 from zoo.core.attention.mask import Document, Mask
@@ -150,6 +150,6 @@ def _append(slices: list[AttentionSlice], new: AttentionSlice) -> None:
     last = slices[-1] if slices else None
     same = last and last.q_stop == new.q_start and (last.k_start, last.k_stop) == (new.k_start, new.k_stop)
     if last and same and last.rule is new.rule is _FULL:
-        slices[-1] = replace(last, q_stop=new.q_stop)
+        slices[-1] = last._replace(q_stop=new.q_stop)
     else:
         slices.append(new)
