@@ -79,10 +79,11 @@ class Feed:
         self.windows = windows or {None: 1}
         self._left = steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._next = self._submit()
         per_rank = global_batch // degrees.dp
         first = (mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
         self.mine = slice(first, first + per_rank)
+        # Last, for the thread sets out at once.
+        self._next = self._submit()
 
     def step(self, device: torch.device) -> StepData:
         """The next step's data, at most `steps` times. Raises, on every rank, what reading it raised."""
