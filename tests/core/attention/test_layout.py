@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.attention.draw import layouts, patient, positions
-from zoo.core.attention.layout import SequenceLayout, head_tail_problem
+from zoo.core.attention.layout import SequenceLayout
 from zoo.core.errors import UsageError
 
 
@@ -46,23 +46,3 @@ def test_gaps_overlaps_and_disorder_are_refused(chunks):
 def test_no_rank_is_refused():
     with pytest.raises(UsageError, match="at least one rank, not 0"):
         SequenceLayout.contiguous(8, 0)
-
-
-MULTIPLE_OF_14 = "--seq 1000 with --cp 7: the length must be a multiple of 2*cp = 14; nearest: --seq 994 or --seq 1008"
-
-
-@pytest.mark.parametrize(
-    ("length", "degree", "message"),
-    [
-        (
-            1000,
-            7,
-            MULTIPLE_OF_14,
-        ),
-        (5, 8, "--seq 5 with --cp 8: the length must be a multiple of 2*cp = 16; nearest: --seq 16"),
-        (1024, 8, None),
-        (7, 1, None),
-    ],
-)
-def test_lengths_that_do_not_cut_evenly_get_the_nearest_that_do(length, degree, message):
-    assert head_tail_problem(length, degree) == message

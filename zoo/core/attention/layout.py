@@ -76,16 +76,6 @@ class SequenceLayout:
         return torch.cat(pieces, dim)
 
 
-def head_tail_problem(length: int, degree: int) -> str | None:
-    """None if `head_tail` gives every rank the same length, otherwise a sentence with the nearest lengths that do."""
-    step = 2 * degree
-    if degree == 1 or length % step == 0:
-        return None
-    below = length - length % step
-    nearest = f"--seq {below} or --seq {below + step}" if below else f"--seq {step}"
-    return f"--seq {length} with --cp {degree}: the length must be a multiple of 2*cp = {step}; nearest: {nearest}"
-
-
 def _split(length: int, parts: int) -> Ranges:
     if parts < 1:
         raise UsageError(f"a layout needs at least one rank, not {parts}")
