@@ -12,9 +12,10 @@ from transformers import LlamaConfig
 
 from tests.models.reference import ROPES, draw_fields
 from zoo.core.errors import DataError
-from zoo.models.llama3.config import PARAMETERS, SIZES, hub_config, num_parameters, override, parse
+from zoo.models.llama3.config import hub_config, num_parameters, override, parse
 from zoo.models.llama3.model import SPEC
 from zoo.models.llama3.plugin import zoo_rope_for_length
+from zoo.models.llama3.sizes import PARAMETERS, SIZES
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -194,6 +195,11 @@ def test_rope_for_longer_rows_stretches_every_type(rope):
 )
 def test_parameter_counts_are_the_published_ones(size, published):
     assert PARAMETERS[size] == published
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_are_those_of_the_fields(size):
+    assert PARAMETERS[size] == num_parameters(parse(SIZES[size]))
 
 
 @pytest.mark.parametrize("biased", [False, True])

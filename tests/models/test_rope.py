@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from zoo.models.common.rope import RotaryEmbedding, rotate
-from zoo.models.llama3.config import SIZES, parse
+from zoo.models.llama3.config import parse
+from zoo.models.llama3.sizes import SIZES
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 VARIANTS = [

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from tools import tiny_text
 from zoo.core.errors import DataError
-from zoo.models.llama3.config import TINY
 from zoo.models.llama3.model import SPEC
+from zoo.models.llama3.sizes import TINY
 from zoo.testing.recall import MARKER, NeedleTokens, found, needle_row, recall
 
 

@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def load_target(target: str) -> Any:
+    """What "package.module:attribute" names, imported now; so a hook's module costs nothing until the hook is called.
+
+    Raises whatever the import raises.
+    """
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """A named thing a plugin offers. `target` is "package.module:attribute", imported when first used."""
@@ -18,8 +27,7 @@ class Entry:
 
     def load(self) -> Any:
         """Import the target. Raises whatever the import raises."""
-        module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return load_target(self.target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from zoo.core.entries import load_target
 from zoo.core.errors import PluginError
 
 GROUP = "zoo"
@@ -119,7 +119,7 @@ def file_source(path: str | Path) -> Source:
         raise PluginError(
             f"--plugin {path}: {reason}. Give the path of a Python file with @zoo.hookimpl hooks"
         ) from error
-    return Source(name=place.stem, file=str(place), digest=hashlib.sha256(content).hexdigest())
+    return Source(name=place.stem, file=str(place), digest=load_target("hashlib:sha256")(content).hexdigest())
 
 
 def _load_file(source: Source) -> object:

@@ -7,10 +7,9 @@ unless it needs what that plugin provides.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import pluggy
 
 from zoo.core import hookspecs
-from zoo.core.entries import Entry
+from zoo.core.entries import Entry, load_target
 from zoo.core.errors import PluginError, one_line
 from zoo.core.plugin_checks import PluginProblem, gathered_entries, implemented_hooks
 from zoo.core.plugin_sources import Source, file_source, installed_sources
@@ -126,7 +125,7 @@ class Plugins:
         if found:
             broken = [f"{status.label}: {status.reason}" for status in plugins.failed()]
             raise PluginError(
-                f"host {platform.node()} loads other plugins than the launcher: {'; '.join([*found, *broken])}. "
+                f"host {socket.gethostname()} loads other plugins than the launcher: {'; '.join([*found, *broken])}. "
                 "Install the same environment on every host"
             )
         return plugins
@@ -168,7 +167,8 @@ class Plugins:
     def fingerprint(self) -> str:
         """sha256 over sorted (name, distribution, version, digest) of the loaded ones; equal on equal processes."""
         rows = sorted([row["name"], row["dist"], row["version"], row["digest"]] for row in self.resolved()["plugins"])
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        digest: str = load_target("hashlib:sha256")(json.dumps(rows).encode()).hexdigest()
+        return digest
 
 
 def differences(theirs: Resolved, ours: Resolved) -> list[str]:

@@ -18,12 +18,12 @@ from zoo.core.entries import (
     TrackerEntry,
 )
 from zoo.core.errors import PluginError, ZooError, one_line
-from zoo.core.formats import DataSource, RunInfo
 from zoo.core.lookup import Clash, Lookup
 from zoo.core.plugins import Plugins, PluginStatus
 
 if TYPE_CHECKING:
     from zoo.core.contracts import AttentionProblem, Forecast, LayoutRequest
+    from zoo.core.formats import DataSource, RunInfo
 
 
 class Registry:

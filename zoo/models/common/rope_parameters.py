@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.core.errors import DataError
 from zoo.models.common.fields import Fields
+
+if TYPE_CHECKING:
+    from zoo.core.contracts import LayoutRequest
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -170,3 +173,17 @@ def rope_for_length(rope: RopeParameters, *, native: int, length: int) -> dict[s
     if rope.rope_type in ("linear", "yarn") and rope.factor is not None:
         return fields | {"rope_scaling": {**rope.as_dict(), "factor": rope.factor * ratio}}
     return fields | {"rope_theta": rope.rope_theta * ratio**2}
+
+
+def dynamic_objection(request: LayoutRequest) -> str | None:
+    """Dynamic RoPE depends on the longest document a rank sees, so ranks would rotate by different angles."""
+    config: Any = request.config
+    if config.rope_parameters.rope_type != "dynamic":
+        return None
+    if request.seq <= config.max_position_embeddings or max(request.degrees.values(), default=1) == 1:
+        return None
+    return (
+        f"RoPE type 'dynamic' changes with the longest document a rank sees, so ranks disagree above "
+        f"max_position_embeddings ({config.max_position_embeddings}) and --seq is {request.seq}: run on one rank, "
+        f"stay within it, or set model.rope_scaling to yarn or linear"
+    )

@@ -1,23 +1,22 @@
-"""The Llama family's config: the hub's config.json fields, checked, and the published sizes."""
+"""The Llama family's config: the hub's config.json fields, checked."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from zoo.core.errors import DataError
 from zoo.models.common.fields import Fields
-from zoo.models.common.rope_parameters import RopeParameters, hub_rope, override_rope, parse_rope
+from zoo.models.common.rope_parameters import (
+    RopeParameters,
+    hub_rope,
+    override_rope,
+    parse_rope,
+    rope_for_length,
+)
+from zoo.models.llama3.sizes import MODEL_TYPE, MODEL_TYPES
 from zoo.models.llama3.windows import hub_windows, override_windows, read_windows
-
-MODEL_TYPE = "llama"
-MODEL_TYPES = ("llama", "mistral", "ministral")
-"""What the hub calls this decoder: without windows, with one in every layer, with one in some layers."""
-TINY = Path(__file__).parent / "tiny"
-"""A small trained checkpoint in the hub's form that ships with the package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +160,12 @@ def override(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     return hub_config(parse(changed))
 
 
+def for_length(config: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Fields of a config.json to change so that its model takes rows of `length` tokens. Raises DataError."""
+    native = parse(config)
+    return rope_for_length(native.rope_parameters, native=native.max_position_embeddings, length=length)
+
+
 def num_parameters(config: LlamaConfig) -> int:
     """Values in all weights, tied ones counted once."""
     width, inner = config.hidden_size, config.intermediate_size
@@ -169,82 +174,3 @@ def num_parameters(config: LlamaConfig) -> int:
     mlp = 3 * width * inner + config.mlp_bias * (2 * inner + width)
     ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
     return config.num_hidden_layers * (attention + mlp + 2 * width) + ends
-
-
-# Sizes --------------------------------------------------------------------------------------------
-
-
-def _size(layers: int, hidden: int, intermediate: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": MODEL_TYPE,
-        "vocab_size": 128_256,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "bos_token_id": 128_000,
-        "eos_token_id": 128_001,
-        **more,
-    }
-
-
-def _long(factor: float) -> dict[str, Any]:
-    return {
-        "max_position_embeddings": 131_072,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    }
-
-
-def _tiny() -> dict[str, Any]:
-    """The embedded checkpoint's own config, so that there is one truth; its shape alone where it is not built yet."""
-    try:
-        found = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    return _size(2, 128, 384, 8, vocab_size=2048, num_key_value_heads=4, max_position_embeddings=1024) | {
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-    }
-
-
-_INSTRUCT_EOS = [128_001, 128_008, 128_009]
-
-SIZES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _tiny(),
-    "3.2-1b": _size(16, 2048, 8192, 32, head_dim=64, tie_word_embeddings=True, **_long(32.0)),
-    "3.2-3b": _size(28, 3072, 8192, 24, head_dim=128, tie_word_embeddings=True, **_long(32.0)),
-    "8b": _size(32, 4096, 14_336, 32),
-    "70b": _size(80, 8192, 28_672, 64),
-    "3.1-8b": _size(32, 4096, 14_336, 32, **_long(8.0)),
-    "3.1-70b": _size(80, 8192, 28_672, 64, **_long(8.0)),
-    "3.1-405b": _size(126, 16_384, 53_248, 128, **_long(8.0)),
-    "3.3-70b": _size(80, 8192, 28_672, 64, eos_token_id=_INSTRUCT_EOS, **_long(8.0)),
-}
-"""config.json's fields of the published sizes."""
-
-PARAMETERS: Mapping[str, int] = {size: num_parameters(parse(fields)) for size, fields in SIZES.items()}
-
-HUB_IDS: Mapping[str, str] = {
-    "3.2-1b": "meta-llama/Llama-3.2-1B",
-    "3.2-3b": "meta-llama/Llama-3.2-3B",
-    "8b": "meta-llama/Meta-Llama-3-8B",
-    "70b": "meta-llama/Meta-Llama-3-70B",
-    "3.1-8b": "meta-llama/Llama-3.1-8B",
-    "3.1-70b": "meta-llama/Llama-3.1-70B",
-    "3.1-405b": "meta-llama/Llama-3.1-405B",
-    "3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
-}

@@ -12,8 +12,9 @@ from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_weig
 from zoo.models.common.mlp import SwiGLU
 from zoo.models.common.norms import RMSNorm
 from zoo.models.common.rope import RotaryEmbedding
-from zoo.models.llama3.config import MODEL_TYPE, LlamaConfig, hub_config, override, parse
+from zoo.models.llama3.config import LlamaConfig, hub_config, override, parse
 from zoo.models.llama3.plan import flops_per_token, plan
+from zoo.models.llama3.sizes import MODEL_TYPE
 
 
 def build(config: LlamaConfig) -> CausalLM:

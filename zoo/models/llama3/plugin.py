@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zoo.core.entries import ModelEntry
+from zoo.core.entries import ModelEntry, load_target
 from zoo.core.hookspecs import hookimpl
-from zoo.models.common.rope_parameters import rope_for_length
-from zoo.models.llama3.config import HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES, TINY, LlamaConfig, parse
+from zoo.models.llama3.sizes import HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES, TINY
 
 if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
@@ -45,20 +44,13 @@ def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
 def zoo_rope_for_length(model: str, config: Mapping[str, Any], seq: int) -> Mapping[str, Any] | None:
     if model != NAME:
         return None
-    native = parse(config)
-    return rope_for_length(native.rope_parameters, native=native.max_position_embeddings, length=seq)
+    fields: Mapping[str, Any] = load_target("zoo.models.llama3.config:for_length")(config, seq)
+    return fields
 
 
 @hookimpl
 def zoo_check_layout(request: LayoutRequest) -> str | None:
-    """Dynamic RoPE depends on the longest document a rank sees, so ranks would rotate by different angles."""
-    config = request.config
-    if not isinstance(config, LlamaConfig) or config.rope_parameters.rope_type != "dynamic":
+    if request.model != NAME:
         return None
-    if request.seq <= config.max_position_embeddings or max(request.degrees.values(), default=1) == 1:
-        return None
-    return (
-        f"RoPE type 'dynamic' changes with the longest document a rank sees, so ranks disagree above "
-        f"max_position_embeddings ({config.max_position_embeddings}) and --seq is {request.seq}: run on one rank, "
-        f"stay within it, or set model.rope_scaling to yarn or linear"
-    )
+    objection: str | None = load_target("zoo.models.common.rope_parameters:dynamic_objection")(request)
+    return objection

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from zoo.core.formats import DataSource
+from typing import TYPE_CHECKING
+
+from zoo.core.entries import load_target
 from zoo.core.hookspecs import hookimpl
-from zoo.plugins.data.files import open_files
+
+if TYPE_CHECKING:
+    from zoo.core.formats import DataSource
 
 
 @hookimpl(trylast=True)
 def zoo_open_data(uri: str) -> DataSource | None:
     # The last to be asked: a path that does not exist is an error with the nearest names, not somebody else's turn.
-    return open_files(uri)
+    source: DataSource = load_target("zoo.plugins.data.files:open_files")(uri)
+    return source

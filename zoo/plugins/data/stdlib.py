@@ -10,9 +10,6 @@ from pathlib import Path
 from zoo.core.errors import DataError
 from zoo.plugins.data.files import File, FileSource
 
-NAME = "stdlib"
-HELD_OUT = "stdlib:held-out"
-
 HELD_OUT_OF = 20
 """One file in so many, chosen by a hash of its name, is held out."""
 
@@ -38,7 +35,7 @@ def open_stdlib(*, held_out: bool) -> FileSource:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [name for name in _modules(root) if is_held_out(name) == held_out]
     if not names:
-        raise DataError(f"--data {NAME}: {root} holds no .py files: this Python ships without source; give --data PATH")
+        raise DataError(f"--data stdlib: {root} holds no .py files: this Python ships without source; give --data PATH")
     return FileSource(tuple(File(root / name, name, (root / name).stat().st_size) for name in names))
 
 

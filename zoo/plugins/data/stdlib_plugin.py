@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from zoo.core.formats import DataSource
+from typing import TYPE_CHECKING
+
+from zoo.core.entries import load_target
 from zoo.core.hookspecs import hookimpl
-from zoo.plugins.data.stdlib import HELD_OUT, NAME, open_stdlib
+
+if TYPE_CHECKING:
+    from zoo.core.formats import DataSource
+
+_HELD_OUT = {"stdlib": False, "stdlib:held-out": True}
+"""The words it answers to, and whether each means the part that is kept for measuring."""
 
 
 # Not last, unlike other built-ins: it answers to its own two words only, and files would take them for paths.
 @hookimpl
 def zoo_open_data(uri: str) -> DataSource | None:
-    return open_stdlib(held_out=uri == HELD_OUT) if uri in (NAME, HELD_OUT) else None
+    if uri not in _HELD_OUT:
+        return None
+    source: DataSource = load_target("zoo.plugins.data.stdlib:open_stdlib")(held_out=_HELD_OUT[uri])
+    return source
