@@ -144,6 +144,9 @@ class ModelSpec:
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
+    """From the module's names to the one form on disk that is written."""
+    forms: Callable[[Any], tuple[tuple[Rule, ...], ...]] = lambda _config: ()
+    """Rules of other forms that exist on disk and are read. The names in a checkpoint tell which one it has."""
     override: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, over: {**fields, **over}
     """`hub_config`'s fields with some set anew, kept consistent where one fact has several fields (RoPE)."""
     init_buffers: Callable[[nn.Module, Any], None] = lambda _model, _config: None
