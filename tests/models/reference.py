@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zoo.core.contracts import ModelSpec
+from zoo.core.contracts import Losses, ModelSpec
 from zoo.models.llama3.model import SPEC as LLAMA
+from zoo.models.mixtral.model import SPEC as MIXTRAL
 from zoo.models.nemotron.model import SPEC as NEMOTRON
 
 ROPES = {
@@ -42,8 +43,8 @@ class Family:
     """Fields that the draws must have run through, both or several values each."""
     routes: bool = False
     """Whether tokens choose experts."""
-    whole: frozenset[str] = frozenset()
-    """Modules of a one-layer model that no parallelism cuts."""
+    whole: tuple[str, ...] = ()
+    """Modules that no parallelism cuts, as globs."""
     in_our_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     """Tensors by transformers' names in memory, by ours; an independent word on the family's rules."""
 
@@ -66,9 +67,42 @@ def _nemotron(draw: random.Random, seed: int) -> dict[str, Any]:
     }
 
 
+def _mixtral(draw: random.Random, seed: int) -> dict[str, Any]:
+    """A window of 1 and a single choice leave queries and router without a gradient: other tests have those."""
+    experts = draw.choice([2, 3, 5, 8])
+    return {
+        "rms_norm_eps": draw.choice([1e-5, 1e-6]),
+        "sliding_window": draw.choice([None, 2, 7, 40]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": draw.choice([2, 2, min(3, experts)]),
+    }
+
+
+def _unfused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5 holds Mixtral's w1 and w3 of all experts in one tensor, and says `mlp`."""
+    found = {}
+    for name, tensor in tensors.items():
+        ours = name.replace(".mlp.", ".block_sparse_moe.")
+        if name.endswith("gate_up_proj"):
+            found[ours.replace("gate_up_proj", "w1")], found[ours.replace("gate_up_proj", "w3")] = tensor.chunk(2, 1)
+        else:
+            found[ours.replace("down_proj", "w2")] = tensor
+    return found
+
+
 BIASES = ("attention_bias", "mlp_bias")
 FAMILIES = {
     "llama3": Family(LLAMA, transformers.LlamaConfig, transformers.LlamaForCausalLM, _llama, BIASES),
+    "mixtral": Family(
+        MIXTRAL,
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        _mixtral,
+        ("sliding_window", "num_local_experts", "num_experts_per_tok"),
+        routes=True,
+        whole=("model.layers.*.block_sparse_moe.gate",),
+        in_our_names=_unfused,
+    ),
     "nemotron": Family(
         NEMOTRON,
         transformers.NemotronConfig,
@@ -117,6 +151,8 @@ def pair(fields: Mapping[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module
     torch.manual_seed(seed)
     family = family_of(fields)
     theirs = family.model(family.config(**fields, attn_implementation="sdpa"))
+    if family.routes:
+        theirs.set_experts_implementation("eager")
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -129,3 +165,9 @@ def pair(fields: Mapping[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the token losses, whatever else the model has to say."""
+    out = model(tokens, labels=labels)
+    return out.tokens if isinstance(out, Losses) else out
