@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoo.core.entries import (
     AttentionEntry as AttentionEntry,
@@ -69,6 +69,21 @@ from zoo.core.formats import (
 from zoo.core.formats import (
     Tracker as Tracker,
 )
+from zoo.core.plan import (
+    ExpertShape as ExpertShape,
+)
+from zoo.core.plan import (
+    Losses as Losses,
+)
+from zoo.core.plan import (
+    ParallelPlan as ParallelPlan,
+)
+from zoo.core.plan import (
+    SeamName as SeamName,
+)
+from zoo.core.plan import (
+    TensorStyle as TensorStyle,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,25 +101,6 @@ IGNORE = -100
 
 # Models -------------------------------------------------------------------------------------------
 
-TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
-SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "row_sum"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelPlan:
-    """How a model may be cut, as globs over module names; `*` is one atom. A glob that matches nothing is an error."""
-
-    block: str
-    """The unit of FSDP, recompute, compile and pipeline: `model.layers.*`."""
-    tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
-    expert: tuple[str, ...] = ()
-    """Modules whose parameters have experts on dim 0."""
-    seams: Mapping[SeamName, str] = field(default_factory=dict)
-    """Parameterless submodules made to be replaced."""
-    first: tuple[str, ...] = ()
-    """Modules only the first pipeline stage needs."""
-    last: tuple[str, ...] = ()
-
 
 class ModelConfig(Protocol):
     """What core asks of any family's config. Fields carry the hub's names."""
@@ -117,21 +113,6 @@ class ModelConfig(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
-
-
-class Losses(NamedTuple):
-    """What a model returns with labels if it has more to say than the sum of its token losses.
-
-    Everything is this rank's part of one row, and parts add up: over ranks that share a row, over rows, over
-    microbatches. The loss of a step is tokens / (trained tokens of the global batch) + rows / (its rows).
-    """
-
-    tokens: Tensor
-    """Sum of the token losses, 0-dim."""
-    rows: Tensor | float = 0.0
-    """What counts once a row, as an auxiliary loss times its coefficient, 0-dim."""
-    report: Mapping[str, Tensor] = {}
-    """Metrics by name, no gradient, 0-dim or vectors: their mean over the rows of a step is logged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +139,8 @@ class ModelSpec:
     """Fields of config.json that may be set though `hub_config` leaves them out while they say nothing."""
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
+    experts: Callable[[Any], ExpertShape | None] = lambda _config: None
+    """The experts of a mixture; None if the model has none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
     """From the module's names to the one form on disk that is written."""
     forms: Callable[[Any], tuple[tuple[Rule, ...], ...]] = lambda _config: ()
@@ -368,6 +351,8 @@ class LayoutRequest:
     """How many layers have which sliding window; None is no window."""
     schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
     """The context scheme of layers by their window; empty without context parallelism."""
+    experts: ExpertShape | None = None
+    """The model's experts, if it has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,6 +120,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         config=config,
         problem=_problem(config, dtype),
         windows=_windows(job, origin, config),
+        experts=origin.spec.experts(config),
     )
     backend, why_backend = choose_attention(job, registry, request.problem)
     schemes, why_schemes = choose_schemes(job, registry, request)

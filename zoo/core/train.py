@@ -113,7 +113,7 @@ class _Run:
         data = self.feed.step(self.device)
         data_s, self.position = time.perf_counter() - start, data.position
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
-        result = train_step(self.state, data.batches, data.trained_tokens)
+        result = train_step(self.state, data.batches, data.trained_tokens, self.prepared.global_batch)
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
         return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
 
