@@ -34,7 +34,7 @@ def open_checked(source: str, registry: Registry) -> Opened:
         raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(checkpoint.config)
-    book = rule_book(spec, config)
+    book = rule_book(spec, config, None if checkpoint.own_names else checkpoint.tensors)
     if checkpoint.own_names:
         check_tensors(checkpoint.tensors, book.shapes)
         return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=checkpoint.tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoo.core.entries import (
     AttentionEntry as AttentionEntry,
@@ -69,6 +69,21 @@ from zoo.core.formats import (
 from zoo.core.formats import (
     Tracker as Tracker,
 )
+from zoo.core.plan import (
+    ExpertShape as ExpertShape,
+)
+from zoo.core.plan import (
+    Losses as Losses,
+)
+from zoo.core.plan import (
+    ParallelPlan as ParallelPlan,
+)
+from zoo.core.plan import (
+    SeamName as SeamName,
+)
+from zoo.core.plan import (
+    TensorStyle as TensorStyle,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,25 +100,6 @@ IGNORE = -100
 
 
 # Models -------------------------------------------------------------------------------------------
-
-TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
-SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelPlan:
-    """How a model may be cut, as globs over module names; `*` is one atom. A glob that matches nothing is an error."""
-
-    block: str
-    """The unit of FSDP, recompute, compile and pipeline: `model.layers.*`."""
-    tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
-    expert: tuple[str, ...] = ()
-    """Modules whose parameters have experts on dim 0."""
-    seams: Mapping[SeamName, str] = field(default_factory=dict)
-    """Parameterless submodules made to be replaced."""
-    first: tuple[str, ...] = ()
-    """Modules only the first pipeline stage needs."""
-    last: tuple[str, ...] = ()
 
 
 class ModelConfig(Protocol):
@@ -124,7 +120,7 @@ class ModelSpec:
     """A model family: single-device torch code plus what the engine must know about it.
 
     The built module takes `(tokens [B, T], positions [B, T] = None, mask = None, labels [B, T] = None)`.
-    Without labels it returns logits `[B, T, V]`; with labels, the *sum* of the token losses, 0-dim.
+    Without labels it returns logits `[B, T, V]`; with labels, the *sum* of the token losses, 0-dim, or `Losses`.
     `mask` is passed untouched to the attention seam.
     """
 
@@ -143,7 +139,12 @@ class ModelSpec:
     """Fields of config.json that may be set though `hub_config` leaves them out while they say nothing."""
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
+    experts: Callable[[Any], ExpertShape | None] = lambda _config: None
+    """The experts of a mixture; None if the model has none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
+    """From the module's names to the one form on disk that is written."""
+    forms: Callable[[Any], tuple[tuple[Rule, ...], ...]] = lambda _config: ()
+    """Rules of other forms that exist on disk and are read. The names in a checkpoint tell which one it has."""
     override: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, over: {**fields, **over}
     """`hub_config`'s fields with some set anew, kept consistent where one fact has several fields (RoPE)."""
     init_buffers: Callable[[nn.Module, Any], None] = lambda _model, _config: None
@@ -341,6 +342,8 @@ class LayoutRequest:
     """Mesh axis to degree."""
     seq: int
     """Global length of a row in tokens."""
+    micro_batch: int = 1
+    """Rows that a rank's forward sees at once, laid end to end."""
     model: str
     config: ModelConfig
     problem: AttentionProblem
@@ -348,6 +351,8 @@ class LayoutRequest:
     """How many layers have which sliding window; None is no window."""
     schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
     """The context scheme of layers by their window; empty without context parallelism."""
+    experts: ExpertShape | None = None
+    """The model's experts, if it has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,20 +75,42 @@ def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available:
             f"{asked} needs {ranks} ranks and this machine has {available} accelerators; "
             f"lower a degree, or start more machines with torchrun"
         )
+    _check_fold(layout.ep, dp_shard, layout.cp)
     return Degrees(
         pp=layout.pp, dp_replicate=layout.dp_replicate, dp_shard=dp_shard, cp=layout.cp, tp=layout.tp, ep=layout.ep
     )
 
 
+def _check_fold(ep: int, dp_shard: int, cp: int) -> None:
+    ranks = dp_shard * cp
+    if ranks % ep == 0:
+        return
+    near = sorted((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: abs(d - ep))[:2]
+    choices = " or ".join(f"--ep {degree}" for degree in sorted(near))
+    raise UsageError(
+        f"--ep {ep} must divide --dp-shard {dp_shard} x --cp {cp} = {ranks} ranks, over which experts are dealt out; "
+        f"nearest: {choices}, or choose --dp-shard and --cp whose product is a multiple of {ep}"
+    )
+
+
 class Mesh:
-    """One-axis meshes by name: every axis of `AXES`, and `fsdp` = dp_shard x cp. All process groups are made here."""
+    """One-axis meshes by name; all process groups are made here.
+
+    Every axis of `AXES`; `fsdp` = dp_shard x cp; and for experts the same ranks as `efsdp` x `ep` (`efsdp` alone
+    without expert parallelism): those of an `ep` group are neighbours, those of an `efsdp` group share experts.
+    """
 
     def __init__(self, degrees: Degrees, device_type: str) -> None:
         self.device_type = device_type
         sizes = tuple(getattr(degrees, axis) for axis in AXES)
         self._root = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         self._axes = {axis: self._root[axis] for axis in AXES}
-        self._axes["fsdp"] = self._root["dp_shard", "cp"]._flatten("fsdp")
+        fsdp = self._axes["fsdp"] = self._root["dp_shard", "cp"]._flatten("fsdp")
+        self._axes["efsdp"] = fsdp
+        if degrees.ep > 1:
+            # Of the same root as `fsdp`, without which FSDP2 and DTensor refuse to combine the two.
+            experts = fsdp._unflatten(0, (fsdp.size() // degrees.ep, degrees.ep), ("efsdp", "ep"))
+            self._axes |= {axis: experts[axis] for axis in ("efsdp", "ep")}
         self._host = {axis: self._host_group(axis) for axis in PEER_AXES if getattr(degrees, axis) > 1}
 
     def __getitem__(self, axis: str) -> DeviceMesh:

@@ -57,15 +57,30 @@ class Meter:
         losses = torch.stack([p.result.loss.double() for p in self.pending])
         norms = torch.stack([p.result.grad_norm.double() for p in self.pending])
         dist.all_reduce(losses)
+        reports = self._reports()
         memory = torch.tensor([peak_memory_bytes(self.device) / 2**30], dtype=torch.float64, device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        values = zip(self.pending, losses.tolist(), norms.tolist(), strict=True)
+        values = zip(self.pending, losses.tolist(), norms.tolist(), reports, strict=True)
         # A device runs ahead of the host, so only the time of the whole window is known: it is shared evenly.
         step_s = (time.perf_counter() - self.started) / len(self.pending)
-        result = [self._metrics(p, loss, norm, step_s, memory.item()) for p, loss, norm in values]
+        result = [self._metrics(p, loss, norm, step_s, memory.item()) | report for p, loss, norm, report in values]
         self.pending.clear()
         self.restart_clock()
         return result
+
+    def _reports(self) -> list[dict[str, float]]:
+        """What the model reported in each pending step, summed over ranks; a vector `x` becomes `x.0`, `x.1`, ..."""
+        names = [
+            f"{name}.{i}" if value.ndim else name
+            for name, value in self.pending[0].result.report.items()
+            for i in range(value.numel())
+        ]
+        if not names:
+            return [{} for _ in self.pending]
+        rows = [torch.cat([v.double().flatten() for v in p.result.report.values()]) for p in self.pending]
+        parts = torch.stack(rows)
+        dist.all_reduce(parts)
+        return [dict(zip(names, row, strict=True)) for row in parts.tolist()]
 
     def restart_clock(self) -> None:
         """What was done until now, a save for one, is no step's time."""

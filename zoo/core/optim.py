@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from zoo.core.job import OptimSection, ScheduleSection
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not.
+
+    A group holds parameters of one mesh, for torch updates a whole group in one call.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = _by_mesh([p for p in trained if p.ndim > 1])
+    vectors = _by_mesh([p for p in trained if p.ndim <= 1])
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": group, "weight_decay": section.weight_decay} for group in matrices]
+        + [{"params": group, "weight_decay": 0.0} for group in vectors],
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,
@@ -48,12 +53,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale gradients so that their global 2-norm is at most `limit` (0: never); returns the norm before, 0-dim.
 
-    The norm is global whatever the shards are: DTensor norms are reduced over their own meshes.
+    The norm is global whatever the shards are: it is taken of each mesh's parameters, reduced over that mesh, and
+    every parameter is on one mesh, so each counts once. One scale serves all.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    groups = _by_mesh([p for p in model.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([_whole_norm(group) for group in groups])
     if limit > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
+
+
+def _whole_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The 2-norm of the gradients of parameters on one mesh, on every rank."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in groups of one mesh each, in order of first appearance; plain tensors are one group."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(mesh, []).append(parameter)
+    return list(groups.values())

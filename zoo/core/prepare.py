@@ -115,10 +115,12 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     request = LayoutRequest(
         degrees=degrees.mapping(),
         seq=job.data.seq,
+        micro_batch=job.data.micro_batch,
         model=origin.entry.name,
         config=config,
         problem=_problem(config, dtype),
         windows=_windows(job, origin, config),
+        experts=origin.spec.experts(config),
     )
     backend, why_backend = choose_attention(job, registry, request.problem)
     schemes, why_schemes = choose_schemes(job, registry, request)

@@ -113,7 +113,7 @@ class _Run:
         data = self.feed.step(self.device)
         data_s, self.position = time.perf_counter() - start, data.position
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
-        result = train_step(self.state, data.batches, data.trained_tokens)
+        result = train_step(self.state, data.batches, data.trained_tokens, self.prepared.global_batch)
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
         return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
 
@@ -203,8 +203,9 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
-        rules = () if prepared.source.own_names else spec.rules(config)
-        weights.load_into(model, prepared.source.tensors, rules)
+        source = prepared.source.tensors
+        rules = () if prepared.source.own_names else weights.rules_for(spec, config, source)
+        weights.load_into(model, source, rules)
     else:
         torch.manual_seed(job.data.seed)
         weights.load_into(model, weights.ModuleSource(spec.build(config)), ())

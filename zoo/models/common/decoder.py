@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         *,
         embed_tokens: nn.Embedding,
         num_layers: int,
-        layer: Callable[[int], DecoderLayer],
+        layer: Callable[[int], nn.Module],
         norm: nn.Module,
         rotary_emb: RotaryEmbedding,
     ) -> None:

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from zoo.core.contracts import ParallelPlan, SeamName, TensorStyle
 
 LAYER = "model.layers.*"
+_DENSE: Mapping[SeamName, str] = {"mlp": f"{LAYER}.run_mlp"}
 
 
 def decoder_plan(
     feed_forward: Mapping[str, TensorStyle],
     *,
     expert: tuple[str, ...] = (),
-    seams: Mapping[SeamName, str] | None = None,
+    seams: Mapping[SeamName, str] = _DENSE,
 ) -> ParallelPlan:
-    """The plan of a decoder; `feed_forward` says how the modules after attention are cut, by names in a layer.
+    """The plan of a decoder.
+
+    `feed_forward` says how the modules after attention are cut, by their names in a layer, and `seams` which seams
+    they have.
 
     The head is cut along the vocabulary like the embedding, so that tied weights agree.
     """
@@ -37,9 +41,8 @@ def decoder_plan(
         seams={
             "attention": f"{LAYER}.self_attn.core",
             "block": "model.run_block",
-            "mlp": f"{LAYER}.run_mlp",
             "loss": "loss",
-            **(seams or {}),
+            **seams,
         },
         first=("model.embed_tokens",),
         last=("model.norm", "lm_head", "loss"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
@@ -47,7 +47,10 @@ class ContextParallel:
         return degrees["cp"] > 1
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
-        """Give every attention seam its scheme and the group. Raises UsageError if the model has no such seam."""
+        """Give every attention seam its scheme and the group, and sum a row's counts over the group.
+
+        Raises UsageError if the model has no attention seam.
+        """
         if "attention" not in plan.seams:
             raise UsageError(f"--cp needs an attention seam and {type(model).__name__}'s plan names none; use --cp 1")
         context = _context(setup)
@@ -55,6 +58,8 @@ class ContextParallel:
         _connect(group, mesh.device_type)
         link = Link(group, getattr(torch, context.wire) if context.wire else None)
         swap(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
+        if "row_sum" in plan.seams:
+            swap(model, plan.seams["row_sum"], lambda _old: _RowSum(group), owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
@@ -77,6 +82,19 @@ class ContextParallel:
             positions=layout.take(batch.positions, rank, 1),
             mask=sharded,
         )
+
+
+class _RowSum(nn.Module):
+    """The row_sum seam over the ranks that share a row."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, counts: Tensor) -> Tensor:
+        total = counts.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
 
 
 def _context(setup: Setup) -> ContextSetup:

@@ -1,13 +1,17 @@
-"""FSDP2 on the plan's blocks: each rank keeps 1/(dp_shard x cp) of weights, gradients and optimizer state."""
+"""FSDP2 on the plan's blocks: each rank keeps 1/(dp_shard x cp) of weights, gradients and optimizer state.
+
+Experts are units of their own inside their block: dealt out over `ep`, they are sharded over what is left, `efsdp`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.seams import find
@@ -25,8 +29,20 @@ class FullyShardedData:
     phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
-        """Any degree works: FSDP2 shards unevenly."""
-        return None
+        """None for dense models, for FSDP2 shards dim 0 unevenly; or why experts cannot be cut so."""
+        ep = request.degrees["ep"]
+        if ep == 1 or request.experts is None:
+            return None
+        left = request.degrees["dp_shard"] * request.degrees["cp"] // ep
+        widths = (request.experts.hidden_size, request.experts.intermediate_size)
+        if all(width % left == 0 for width in widths):
+            return None
+        ways = [d for d in range(ep, ep * left + 1, ep) if request.experts.num_experts % d == 0 and ep * left % d == 0]
+        able = next((d for d in ways if all(width % (ep * left // d) == 0 for width in widths)), 1)
+        return (
+            f"--ep {ep} leaves dp_shard x cp / ep = {left} ranks to share each expert, whose widths {widths[0]} and "
+            f"{widths[1]} are no multiples of that: only dim 0 may be cut unevenly, and ep has it; type --ep {able}"
+        )
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Also on one rank when arithmetic and weights differ in type: FSDP2 then does the casting."""
@@ -37,8 +53,14 @@ class FullyShardedData:
         precision = MixedPrecisionPolicy(
             param_dtype=getattr(torch, setup.dtype), reduce_dtype=getattr(torch, setup.master_dtype)
         )
+        experts = [name for glob in plan.expert for name in find(model, glob)]
+        for name in experts:
+            module = model.get_submodule(name)
+            fully_shard(module, mesh=mesh["efsdp"], mp_policy=precision, shard_placement_fn=_across(mesh.size("efsdp")))
         for name in find(model, plan.block):
-            fully_shard(model.get_submodule(name), mesh=mesh["fsdp"], mp_policy=precision)
+            block = fully_shard(model.get_submodule(name), mesh=mesh["fsdp"], mp_policy=precision)
+            # The router makes the host wait in the middle of the block, too late to send for weights then.
+            block.set_modules_to_forward_prefetch([_unit(model, e) for e in experts if e.startswith(f"{name}.")])
         fully_shard(model, mesh=mesh["fsdp"], mp_policy=precision)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -49,3 +71,14 @@ class FullyShardedData:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+
+def _across(ranks: int) -> Callable[[nn.Parameter], Shard]:
+    """Dim 1, so that few experts go over many ranks and `ep` keeps dim 0; dim 0, unevenly, where dim 1 cannot."""
+    return lambda parameter: Shard(1 if parameter.ndim > 1 and parameter.shape[1] % ranks == 0 else 0)
+
+
+def _unit(model: nn.Module, name: str) -> FSDPModule:
+    unit = model.get_submodule(name)
+    assert isinstance(unit, FSDPModule)
+    return unit

@@ -1,0 +1,56 @@
+"""What a model says of its parts and of its losses: how it may be cut, its seams, its experts.
+
+Reached through `zoo.core.contracts`; imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
+SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "row_sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """How a model may be cut, as globs over module names; `*` is one atom. A glob that matches nothing is an error."""
+
+    block: str
+    """The unit of FSDP, recompute, compile and pipeline: `model.layers.*`."""
+    tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
+    expert: tuple[str, ...] = ()
+    """Modules whose parameters have experts on dim 0."""
+    seams: Mapping[SeamName, str] = field(default_factory=dict)
+    """Parameterless submodules made to be replaced."""
+    first: tuple[str, ...] = ()
+    """Modules only the first pipeline stage needs."""
+    last: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """The sizes of a model's experts, stacked as `[E, I, D]` and `[E, D, I]`."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+class Losses(NamedTuple):
+    """What a model returns with labels if it has more to say than the sum of its token losses.
+
+    Everything is this rank's part of one row, and parts add up: over ranks that share a row, over rows, over
+    microbatches. The loss of a step is tokens / (trained tokens of the global batch) + rows / (its rows).
+    """
+
+    tokens: Tensor
+    """Sum of the token losses, 0-dim."""
+    rows: Tensor | float = 0.0
+    """What counts once a row, as an auxiliary loss times its coefficient, 0-dim."""
+    report: Mapping[str, Tensor] = {}
+    """Metrics by name, no gradient, 0-dim or vectors: their mean over the rows of a step is logged."""
