@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from zoo.core.contracts import ExpertShape, ModelSpec
+from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
 from zoo.models.common.decoder import init_buffers, init_weights
 from zoo.models.common.moe import SparseMoE, init_experts
@@ -71,11 +71,6 @@ SPEC = ModelSpec(
     flops_per_token=flops_per_token,
     experts=experts,
     windows=lambda config: (config.sliding_window,) * config.num_hidden_layers,
-    experts=lambda config: ExpertShape(
-        num_experts=config.num_local_experts,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-    ),
     rules=rules,
     forms=forms,
     override=override,
