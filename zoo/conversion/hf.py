@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zoo.conversion.directory import CONFIG, GENERATION, looks_like_checkpoint, open_directory, read_object
+from zoo.conversion.directory import (
+    CONFIG,
+    GENERATION,
+    MAX_COMPANION,
+    looks_like_checkpoint,
+    open_directory,
+    read_object,
+)
+from zoo.conversion.files import copy_file
 from zoo.conversion.headers import BYTES
 from zoo.conversion.hub import fetch, is_hub_id
 from zoo.conversion.writer import Outgoing, raw_bytes, write_json, write_tensors
@@ -117,9 +125,7 @@ def _copy(files: Mapping[str, Path], directory: Path) -> None:
             continue
         if Path(name).name != name or (directory / name).exists():
             raise DataError(f"{name!r} cannot be copied into a checkpoint: it must be a plain name not used yet")
-        shutil.copyfile(path, directory / name)
-        with (directory / name).open("rb") as copied:
-            os.fsync(copied.fileno())
+        copy_file(path, directory / name, limit=MAX_COMPANION)
 
 
 def _config(fields: Mapping[str, Any], base: Path | None, outgoing: Sequence[Outgoing]) -> dict[str, Any]:

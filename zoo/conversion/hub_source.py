@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zoo.conversion.headers import StoredTensor, read_header
+from zoo.conversion.files import identity, open_file
+from zoo.conversion.headers import MAX_TENSORS, StoredTensor, read_header
 from zoo.core.errors import DataError
 from zoo.core.rules import Index, row_blocks, whole
 
 _BLOCK_VALUES = 1 << 22
+_MAX_SHARDS = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,29 +26,34 @@ class HubSource:
 
     path: Path
     tensors: Mapping[str, tuple[Path, StoredTensor]]
+    identities: Mapping[Path, tuple[int, int, int, int]]
+    """What the files were when they were checked (zoo.conversion.files)."""
     _descriptors: dict[Path, int] = field(default_factory=dict)
 
     @classmethod
     def single(cls, file: Path) -> HubSource:
         """One file. Raises DataError."""
-        return cls(file.parent, {name: (file, tensor) for name, tensor in read_header(file).items()})
+        header = read_header(file)
+        return cls(
+            file.parent, {name: (file, tensor) for name, tensor in header.tensors.items()}, {file: header.identity}
+        )
 
     @classmethod
     def sharded(cls, directory: Path, weight_map: Mapping[str, str], *, index: Path) -> HubSource:
         """The shards an index names, each with exactly the tensors the index says. Raises DataError."""
         found: dict[str, tuple[Path, StoredTensor]] = {}
-        for shard in sorted(set(weight_map.values())):
+        identities: dict[Path, tuple[int, int, int, int]] = {}
+        for shard in _shards(directory, weight_map, index):
             file = directory / shard
-            if not file.exists():
-                name = next(name for name, where in weight_map.items() if where == shard)
-                raise DataError(f"{index}: tensor {name!r} should be in {shard}, which is missing; fetch it again")
-            for name, tensor in read_header(file).items():
+            header = read_header(file)
+            identities[file] = header.identity
+            for name, tensor in header.tensors.items():
                 _check_place(index, name, shard, weight_map)
                 found[name] = file, tensor
         absent = sorted(weight_map.keys() - found.keys())
         if absent:
             raise DataError(f"{index}: tensor {absent[0]!r} is not in {weight_map[absent[0]]}; fetch that file again")
-        return cls(directory, found)
+        return cls(directory, found, identities)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -61,7 +68,7 @@ class HubSource:
         return self.tensors[name][1].dtype
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A piece in its stored dtype; only its rows are read. Raises DataError if the file became shorter."""
+        """A piece in its stored dtype; only its rows are read. Raises DataError if the file changed meanwhile."""
         file, tensor = self.tensors[name]
         if any(not 0 <= i.start <= i.stop <= size for i, size in zip(index, tensor.shape, strict=True)):
             raise ValueError(f"{index} lies outside of {name}, which is {list(tensor.shape)}")
@@ -85,17 +92,34 @@ class HubSource:
             if count == 0:
                 raise DataError(f"{file}: became shorter while it was read; fetch it again")
             view, position = view[count:], position + count
+        self._check_unchanged(file)
         return raw.view(getattr(torch, tensor.dtype)).view(shape)
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._descriptors:
-            try:
-                descriptor = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-            self._descriptors[file] = descriptor
+            self._descriptors[file] = descriptor = open_file(file)
             weakref.finalize(self, os.close, descriptor)
+            self._check_unchanged(file)
         return self._descriptors[file]
+
+    def _check_unchanged(self, file: Path) -> None:
+        if identity(self._descriptors[file]) != self.identities[file]:
+            raise DataError(f"{file}: changed since its header was checked; start again when nothing writes to it")
+
+
+def _shards(directory: Path, weight_map: Mapping[str, str], index: Path) -> list[str]:
+    """File names of all shards, which are there."""
+    shards = sorted(set(weight_map.values()))
+    if len(weight_map) > MAX_TENSORS or len(shards) > _MAX_SHARDS:
+        raise DataError(
+            f"{index}: names {len(weight_map)} tensors in {len(shards)} files, and {MAX_TENSORS} in {_MAX_SHARDS} are "
+            f"allowed"
+        )
+    missing = [shard for shard in shards if not os.path.exists(directory / shard)]
+    if missing:
+        name = next(name for name, where in weight_map.items() if where == missing[0])
+        raise DataError(f"{index}: tensor {name!r} should be in {missing[0]}, which is missing; fetch it again")
+    return shards
 
 
 def _check_place(index: Path, name: str, shard: str, weight_map: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.conversion.directory import CONFIG, open_directory
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
-from zoo.core.errors import UsageError
+from zoo.core.errors import DataError, UsageError
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.weights import check_tensors, check_tied, rule_book
@@ -34,6 +34,7 @@ def open_checked(source: str, registry: Registry) -> Opened:
         raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(checkpoint.config)
+    _check_layers(checkpoint, config)
     book = rule_book(spec, config, None if checkpoint.own_names else checkpoint.tensors)
     if checkpoint.own_names:
         check_tensors(checkpoint.tensors, book.shapes)
@@ -41,6 +42,16 @@ def open_checked(source: str, registry: Registry) -> Opened:
     aliases = check_tied(checkpoint.tensors, spec, config)
     check_tensors(checkpoint.tensors, book.hub_shapes, allowed=aliases)
     return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=book.to_ours(checkpoint.tensors))
+
+
+def _check_layers(checkpoint: HubCheckpoint, config: Any) -> None:
+    """Before a model is built, if only on meta: a small file must not ask for a large one."""
+    layers, tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.tensors.names())
+    if layers > tensors:
+        raise DataError(
+            f"{checkpoint.path / CONFIG}: num_hidden_layers is {layers}, and there are only {tensors} tensors in all; "
+            f"correct it or fetch the weights again"
+        )
 
 
 def transfer(opened: Opened, converter: Converter, out: Path, *, dtype: str | None = None) -> None:

@@ -138,7 +138,8 @@ def check_tied(source: TensorSource, spec: ModelSpec, config: Any) -> list[str]:
     model, book = meta_model(spec, config), rule_book(spec, config, source)
     aliases = {alias: book.pieces[name][0].hub for alias, name in tied_names(model).items() if alias in source.names()}
     for alias, hub in aliases.items():
-        _check_tied(source, alias, hub, whole(book.hub_shapes[hub]))
+        if hub in source.names():  # else `check_tensors` says so
+            _check_tied(source, alias, hub, whole(book.hub_shapes[hub]))
     return list(aliases)
 
 
