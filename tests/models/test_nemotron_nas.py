@@ -16,7 +16,7 @@ from zoo.core.seams import find
 from zoo.models.nemotron_nas.config import num_parameters
 from zoo.models.nemotron_nas.model import SPEC
 from zoo.models.nemotron_nas.plugin import zoo_match_checkpoint, zoo_rope_for_length
-from zoo.models.nemotron_nas.sizes import PARAMETERS, SIZES
+from zoo.models.nemotron_nas.sizes import KV_HEADS, PARAMETERS, SIZES
 
 SEEDS = 24
 
@@ -60,8 +60,10 @@ def test_a_config_survives_writing_and_its_weights_are_counted(seed):
     assert num_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_size_has_the_parameters_that_are_listed():
-    assert num_parameters(SPEC.parse(SIZES["tiny"])) == PARAMETERS["tiny"]
+def test_the_size_has_the_parameters_and_heads_that_are_listed():
+    config = SPEC.parse(SIZES["tiny"])
+    assert num_parameters(config) == PARAMETERS["tiny"]
+    assert tuple(shape.num_kv_heads for shape in SPEC.heads(config)) == KV_HEADS["tiny"]
 
 
 @pytest.mark.parametrize(("mult", "hidden", "width"), [(2.625, 8192, 14336), (5.25, 8192, 28672), (0.5, 8192, 2816)])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.core.entries import ModelEntry, load_target
 from zoo.core.hookspecs import hookimpl
-from zoo.models.nemotron_nas.sizes import MODEL_TYPE, PARAMETERS, SIZES
+from zoo.models.nemotron_nas.sizes import KV_HEADS, MODEL_TYPE, PARAMETERS, SIZES
 
 if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
@@ -27,6 +27,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
             sizes=SIZES,
             default_size="tiny",
             parameters=PARAMETERS,
+            kv_heads=KV_HEADS,
             recipes={"tiny": {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}},
         )
     ]

@@ -54,3 +54,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 """config.json's fields: every kind of block once, for trials with random weights."""
 
 PARAMETERS: Mapping[str, int] = {"tiny": 1_156_352}
+
+KV_HEADS: Mapping[str, tuple[int, ...]] = {"tiny": (2, 1, 2, 4)}
+"""Of each block with attention; tests hold them against the configs."""
