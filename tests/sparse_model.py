@@ -87,7 +87,7 @@ class Run:
         self.degrees, self.setup = Degrees(**degrees), setup(Degrees(**degrees), dtype)
         every = (ContextParallel(), ExpertParallel(), FullyShardedData())
         self.adapters = [a for a in every if a.applies(self.degrees.mapping(), self.setup)]
-        self.mesh = Mesh(self.degrees, "cpu") if self.degrees.world_size > 1 else None
+        self.mesh = Mesh(self.degrees, "cpu") if self.adapters else None
         self.model = order.build(
             SPEC,
             config(coefficient),
