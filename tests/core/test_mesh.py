@@ -28,6 +28,9 @@ def test_on_a_cpu_only_what_was_asked_for_is_started():
         (LayoutSection(cp=8), None, 4, ["--cp 8", "4 accelerators"]),
         (LayoutSection(cp=0), None, None, ["--cp 0", "at least 1"]),
         (LayoutSection(cp=2, dp_shard=3), 4, None, ["--dp-shard 3", "--cp 2"]),
+        (LayoutSection(cp=2, dp_shard=2, ep=3), None, None, ["--ep 3", "--cp 2 = 4 ranks", "--ep 2 or --ep 4"]),
+        (LayoutSection(cp=2, ep=8), 4, None, ["--ep 8", "--dp-shard 2", "nearest: --ep 2 or --ep 4"]),
+        (LayoutSection(ep=0), None, None, ["--ep 0", "at least 1"]),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_numbers(layout, world_size, available, words):
@@ -43,3 +46,8 @@ def test_a_launcher_with_the_right_number_of_ranks_is_always_accepted(cp, tp, re
     degrees = resolve_degrees(layout, world_size=cp * tp * replicate * shards, available=None)
     assert degrees.dp_shard == shards
     assert degrees.dp == replicate * shards
+
+
+@pytest.mark.parametrize(("cp", "ep", "dp_shard"), [(2, 4, 2), (1, 4, 4), (4, 2, 1), (6, 4, 2)])
+def test_on_a_cpu_ep_brings_the_ranks_it_folds_over(cp, ep, dp_shard):
+    assert resolve_degrees(LayoutSection(cp=cp, ep=ep), world_size=None, available=None).dp_shard == dp_shard

@@ -266,6 +266,43 @@ def test_rope_for_longer_rows_stretches_every_type(family, rope):
     assert plugin.zoo_rope_for_length("another", fields, 1024) is None
 
 
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("llama3", {}),
+        ("llama3", {"num_key_value_heads": None}),
+        ("mixtral", {}),
+        ("mixtral", {"num_key_value_heads": 4}),
+    ],
+    ids=str,
+)
+def test_absent_and_null_heads_are_transformers(family, given):
+    known = FAMILIES[family]
+    fields = {"num_attention_heads": 16, "hidden_size": 256} | given
+    theirs = known.config.from_dict(dict(fields))
+    ours = known.spec.parse(fields)
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.head_dim == 16 == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
+
+
+@every_family
+def test_null_heads_are_as_many_as_query_heads(family):
+    """As transformers 4 reads it; 5.23 refuses a Mixtral's null and crashes on a Nemotron's."""
+    fields = {"num_attention_heads": 16, "hidden_size": 256, "num_key_value_heads": None}
+    assert FAMILIES[family].spec.parse(fields).num_key_value_heads == 16
+
+
+@every_family
+def test_heads_set_by_hand_stay_and_derived_ones_follow(family):
+    spec = FAMILIES[family].spec
+    small = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": None}
+    changed = spec.parse(spec.override(spec.hub_config(spec.parse(small)), {"num_attention_heads": 4}))
+    assert (changed.head_dim, changed.num_key_value_heads) == (16, 4)
+    apart = small | {"head_dim": 24, "num_key_value_heads": 2}
+    changed = spec.parse(spec.override(spec.hub_config(spec.parse(apart)), {"num_attention_heads": 4}))
+    assert (changed.head_dim, changed.num_key_value_heads) == (24, 2)
+
+
 def test_nemotrons_older_names_are_read():
     """transformers takes a head size of 85 for this one and crashes on its null."""
     spec = FAMILIES["nemotron"].spec

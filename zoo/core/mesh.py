@@ -50,6 +50,8 @@ class Degrees:
 def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available: int | None) -> Degrees:
     """Fill unset degrees. `world_size` is fixed by an outer launcher, `available` counts accelerators, if any.
 
+    Where neither says how many ranks there are, an unset dp_shard is the least that --ep needs.
+
     Raises UsageError if the product cannot be the number of ranks.
     """
     for axis in (*AXES, "ep"):
@@ -57,7 +59,7 @@ def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available:
         if degree is not None and degree < 1:
             raise UsageError(f"{_flag(axis)} {degree}: a degree is at least 1")
     fixed = layout.pp * layout.dp_replicate * layout.cp * layout.tp
-    target = world_size or available or fixed * (layout.dp_shard or 1)
+    target = world_size or available or fixed * (layout.dp_shard or layout.ep // math.gcd(layout.ep, layout.cp))
     dp_shard = layout.dp_shard or max(1, target // fixed)
     ranks = fixed * dp_shard
     asked = " x ".join(

@@ -14,7 +14,7 @@ from zoo.models.common.moe_decoder import SparseCausalLM, SparseDecoder, SparseD
 from zoo.models.common.norms import RMSNorm
 from zoo.models.common.rope import RotaryEmbedding
 from zoo.models.mixtral.config import MixtralConfig, hub_config, override, parse
-from zoo.models.mixtral.plan import flops_per_token, plan
+from zoo.models.mixtral.plan import experts, flops_per_token, plan
 from zoo.models.mixtral.rules import forms, rules
 from zoo.models.mixtral.sizes import MODEL_TYPE
 
@@ -69,6 +69,7 @@ SPEC = ModelSpec(
     build=build,
     plan=plan,
     flops_per_token=flops_per_token,
+    experts=experts,
     windows=lambda config: (config.sliding_window,) * config.num_hidden_layers,
     rules=rules,
     forms=forms,

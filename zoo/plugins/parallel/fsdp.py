@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
@@ -30,18 +30,17 @@ class FullyShardedData:
 
     def check(self, request: LayoutRequest) -> str | None:
         """None for dense models, for FSDP2 shards dim 0 unevenly; or why experts cannot be cut so."""
-        ep = request.degrees["ep"]
-        if ep == 1 or request.experts is None:
+        ep, ranks = request.degrees["ep"], request.degrees["dp_shard"] * request.degrees["cp"]
+        if ep == 1 or request.experts is None or _divides(request.experts, ranks // ep):
             return None
-        left = request.degrees["dp_shard"] * request.degrees["cp"] // ep
-        widths = (request.experts.hidden_size, request.experts.intermediate_size)
-        if all(width % left == 0 for width in widths):
-            return None
-        ways = [d for d in range(ep, ep * left + 1, ep) if request.experts.num_experts % d == 0 and ep * left % d == 0]
-        able = next((d for d in ways if all(width % (ep * left // d) == 0 for width in widths)), 1)
+        shape = request.experts
+        able = [
+            d for d in range(2, ranks + 1) if ranks % d == shape.num_experts % d == 0 and _divides(shape, ranks // d)
+        ]
         return (
-            f"--ep {ep} leaves dp_shard x cp / ep = {left} ranks to share each expert, whose widths {widths[0]} and "
-            f"{widths[1]} are no multiples of that: only dim 0 may be cut unevenly, and ep has it; type --ep {able}"
+            f"--ep {ep} leaves dp_shard x cp / ep = {ranks // ep} ranks to share each expert, whose widths "
+            f"{shape.hidden_size} and {shape.intermediate_size} are no multiples of that: only dim 0 may be cut "
+            f"unevenly, and ep has it; type --ep {min(able, key=lambda d: abs(d - ep), default=1)}"
         )
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
@@ -71,6 +70,10 @@ class FullyShardedData:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+
+def _divides(experts: ExpertShape, ranks: int) -> bool:
+    return experts.hidden_size % ranks == experts.intermediate_size % ranks == 0
 
 
 def _across(ranks: int) -> Callable[[nn.Parameter], Shard]:
