@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import pytest
@@ -11,10 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from zoo.conversion import transfer as transfer_module
 from zoo.conversion.directory import open_directory
+from zoo.conversion.files import copy_file
 from zoo.conversion.headers import read_header
 from zoo.conversion.hf import HfConverter
-from zoo.core.errors import DataError
+from zoo.conversion.transfer import open_checked, transfer
+from zoo.core import weights
+from zoo.core.errors import DataError, ZooError
+from zoo.core.plugins import Plugins
+from zoo.core.registry import Registry
 from zoo.core.rules import whole
 
 
@@ -155,8 +162,8 @@ def test_a_file_that_becomes_shorter_after_it_was_checked(checkpoint):
     tensors = open_directory(checkpoint).tensors
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
-    last = max(tensors.names(), key=lambda name: tensors.tensors[name][1].start)
-    with pytest.raises(DataError, match="became shorter"):
+    last = max(tensors.names(), key=lambda name: tensors._places[name].start)
+    with pytest.raises(DataError, match="changed since its header was checked"):
         tensors.read(last, whole(tensors.shape(last)))
 
 
@@ -181,10 +188,18 @@ TWICE = f'{{"a": {json.dumps(ONE)}, "a": {json.dumps(ONE)}}}'.encode()
         (with_header({"a": ONE | {"shape": [-2]}}, b"\0" * 8), "'a'"),
         (with_header({"a": ONE | {"shape": [2.0]}}, b"\0" * 8), "'a'"),
         (with_header({"a": ONE | {"shape": [True, 2]}}, b"\0" * 8), "'a'"),
+        (with_header({"a": ONE | {"shape": [int("9" * 4000)] * 8}}, b"\0" * 8), "'a'"),
+        (with_header({"a": ONE | {"shape": [2**62, 0], "data_offsets": [0, 0]}}), "'a': shape"),
+        (with_header({"a": ONE | {"shape": [2**33, 2**33, 2**33]}}, b"\0" * 8), "'a': shape"),
+        (with_header({"a": ONE | {"shape": [1] * 9 + [2]}}, b"\0" * 8), "at most 8"),
+        (with_header({"a": ONE | {"data_offsets": [0.0, 8.0]}}, b"\0" * 8), "'a': data_offsets"),
+        (with_header({"a": ONE | {"data_offsets": [2**63, 2**63 + 8]}}, b"\0" * 8), "'a': data_offsets"),
+        (with_header({"a": ONE | {"dtype": ["F32"]}}, b"\0" * 8), "unquantised"),
+        (with_header({"a": ONE | {"more": 1}}, b"\0" * 8), "'a': must have"),
         (with_header({"a": ONE | {"data_offsets": [8, 0]}}, b"\0" * 8), "'a'"),
         (with_header({"a": ONE, "b": ONE}, b"\0" * 8), "overlaps"),
         (with_header({"a": ONE | {"data_offsets": [8, 16]}}, b"\0" * 16), "hole"),
-        (with_header({f"t{i}": 0 for i in range(200_001)}), "200000"),
+        (with_header({f"t{i}": 0 for i in range(50_002)}), "50000"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -209,7 +224,7 @@ def test_a_header_bomb_is_refused_before_it_is_parsed(tmp_path):
 
 def test_a_device_in_place_of_a_file(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="not a regular file"):
+    with pytest.raises(DataError, match="a link out of its directory, to /dev/zero"):
         read_header(tmp_path / "model.safetensors")
 
 
@@ -222,7 +237,7 @@ def test_any_flipped_byte_is_a_data_error_or_another_valid_header(tmp_path, at, 
     content[at % len(content)] = byte
     file.write_bytes(content)
     try:
-        tensors = read_header(file)
+        tensors = read_header(file).tensors
     except DataError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
@@ -248,9 +263,194 @@ def test_code_in_a_config_is_dropped(checkpoint):
     assert "auto_map" not in open_directory(checkpoint).config
 
 
-def test_symbolic_links_into_a_cache_are_followed(checkpoint, tmp_path):
-    blob = tmp_path / "blobs" / "abc"
-    blob.parent.mkdir()
-    (checkpoint / "model.safetensors").rename(blob)
-    (checkpoint / "model.safetensors").symlink_to(blob)
-    assert len(open_directory(checkpoint).tensors.names()) == 21
+def test_a_snapshot_of_the_hub_cache_is_links_to_blobs(checkpoint, tmp_path):
+    repo = tmp_path / "models--owner--name"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots").mkdir()
+    snapshot = checkpoint.rename(repo / "snapshots" / "0123abc")
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(repo / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    opened = open_directory(snapshot)
+    assert len(opened.tensors.names()) == 21
+    assert "tokenizer.json" in opened.files
+    (repo / "secret").write_text("{}")
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("../../secret")
+    assert "tokenizer.json: a link out of its directory" in refusal(snapshot)
+
+
+def test_a_directory_may_itself_be_a_link(checkpoint, tmp_path):
+    (tmp_path / "latest").symlink_to("source")
+    assert len(open_directory(tmp_path / "latest").tensors.names()) == 21
+    (checkpoint / "LICENSE").symlink_to("tokenizer_config.json")
+    assert "LICENSE" in open_directory(tmp_path / "latest").files
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "LICENSE"])
+def test_links_out_of_the_directory_are_not_followed(checkpoint, tmp_path, name):
+    """A copy of such a checkpoint, pushed, would publish the file."""
+    secret = tmp_path / "secret"
+    if (checkpoint / name).exists():
+        (checkpoint / name).rename(secret)
+    else:
+        secret.write_text("mine")
+    (checkpoint / name).symlink_to(secret)
+    message = refusal(checkpoint)
+    assert f"{checkpoint / name}: a link out of its directory" in message
+    assert str(secret) in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+def test_pipes_directories_and_loops_do_not_hang(checkpoint, name):
+    file = checkpoint / name
+    if name.endswith("index.json"):
+        (checkpoint / "model.safetensors").unlink()
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    assert f"{file}: not a regular file" in refusal(checkpoint)
+    file.unlink()
+    file.mkdir()
+    assert f"{file}: not a regular file" in refusal(checkpoint)
+    file.rmdir()
+    file.symlink_to(name)
+    assert f"{file}: cannot be read" in refusal(checkpoint)
+
+
+def test_a_pipe_in_place_of_a_shard(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    assert f"{shard}: not a regular file" in refusal(sharded)
+
+
+def test_a_tokenizer_file_of_absurd_size(checkpoint):
+    with (checkpoint / "tokenizer.json").open("r+b") as file:
+        file.truncate(257 << 20)
+    assert "tokenizer.json: 269484032 bytes, more than" in refusal(checkpoint)
+
+
+def test_a_file_that_changes_after_it_was_checked(checkpoint):
+    file = checkpoint / "model.safetensors"
+    for change in (lambda content: content, lambda content: content[:-1] + b"\1", lambda content: content[:3000]):
+        content = file.read_bytes()
+        tensors = open_directory(checkpoint).tensors
+        file.unlink()
+        file.write_bytes(change(content))  # the same name, another file
+        with pytest.raises(DataError, match="model.safetensors: changed since its header was checked"):
+            tensors.read("model.norm.weight", (slice(0, 32),))
+        file.write_bytes(content)
+
+
+def test_a_file_that_is_written_to_while_it_is_read(checkpoint):
+    tensors = open_directory(checkpoint).tensors
+    tensors.read("model.norm.weight", (slice(0, 32),))
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(DataError, match="model.safetensors: (became shorter|changed)"):
+        tensors.read("model.norm.weight", (slice(0, 32),))
+
+
+def test_a_template_is_bytes_and_nothing_else(checkpoint, tmp_path):
+    template = b"{% for i in range(10**12) %}{{ ''.__class__.__mro__ }}{% endfor %}{{ unclosed"
+    (checkpoint / "chat_template.jinja").write_bytes(template)
+    registry = Registry(Plugins.load())
+    transfer(open_checked(str(checkpoint), registry), HfConverter(), tmp_path / "out")
+    assert (tmp_path / "out/chat_template.jinja").read_bytes() == template
+
+
+def test_a_link_planted_in_the_target_is_not_followed(checkpoint, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "out").symlink_to("target")
+    opened = open_checked(str(checkpoint), Registry(Plugins.load()))
+    with pytest.raises(DataError, match="choose another OUT"):
+        transfer(opened, HfConverter(), tmp_path / "out")
+    assert not any((tmp_path / "target").iterdir())
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / "copy").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        copy_file(checkpoint / "tokenizer.json", tmp_path / "copy", limit=1 << 20)
+    assert victim.read_text() == "untouched"
+
+
+FIELDS = (
+    [("num_hidden_layers", value) for value in (10**9, -1, 0, 1e3, "2", True, [2], int("9" * 4000))]
+    + [("vocab_size", 2**40), ("hidden_size", 2**40), ("intermediate_size", 2**62), ("head_dim", 2**31)]
+    + [("num_attention_heads", 10**9), ("num_key_value_heads", 0), ("max_position_embeddings", -5)]
+    + [("rms_norm_eps", value) for value in (-1e-5, 2.0, "1e-5", [])]
+    + [("rope_parameters", value) for value in ([], "llama3", {"rope_type": {}}, {"rope_type": "evil"})]
+    + [("model_type", value) for value in ({}, [], 7, "", "a" * 65, "a\nb", "\x1b[2J")]
+    + [("eos_token_id", list(range(300))), ("hidden_act", {"a": 1}), ("num_hidden_layers", 1000)]
+)
+
+
+@pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda value: repr(value)[:30])
+def test_hostile_fields_are_refused_before_a_model_is_built(checkpoint, name, value, monkeypatch):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    for module in (weights, transfer_module):
+        monkeypatch.setattr(module, "rule_book", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ZooError) as error:
+        open_checked(str(checkpoint), Registry(Plugins.load()))
+    message = str(error.value)
+    assert name in message
+    assert "\n" not in message
+    assert "\x1b" not in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('{"vocab_size": 5, "vocab_size": 6}', "'vocab_size' appears twice"),
+        ('{"note": NaN}', "NaN"),
+        ('{"note": -Infinity}', "Infinity"),
+        ('{"note": 1e999}', "1e999"),
+        ('{"note": ' + "1" * 5000 + "}", "digit"),
+        ('{"note": "\\ud800"}', "surrogate"),
+        ('{"note": ' + "[" * 17 + "]" * 17 + "}", "nested"),
+        ('{"note": [' + ",".join(["[]"] * 10_001) + "]}", "more JSON than allowed"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_json_that_is_read_differently_elsewhere_or_cannot_be_written(checkpoint, text, word):
+    file = checkpoint / "config.json"
+    file.write_text(text)
+    message = refusal(checkpoint)
+    assert message.startswith(f"{file}:")
+    assert word in message
+
+
+def test_an_index_that_names_a_tensor_twice(sharded):
+    file = sharded / "model.safetensors.index.json"
+    text = file.read_text()
+    line = next(line for line in text.splitlines() if "model.norm.weight" in line)
+    file.write_text(text.replace(line, f"{line.rstrip(',')},\n{line}"))
+    assert "'model.norm.weight' appears twice" in refusal(sharded)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nb", "\x1b[31m", "a\x00", "a" * 257, "\u00e9"], ids=repr)
+def test_names_that_could_fool_a_terminal_or_a_regex(tmp_path, sharded, name):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(with_header({name: ONE}, b"\0" * 8))
+    with pytest.raises(DataError, match="a name must be 1 to 256 printable") as error:
+        read_header(file)
+    assert str(error.value).isprintable()
+    edit_index(sharded, lambda weight_map: weight_map.update({name: "model.safetensors"}))
+    assert "a name must be 1 to 256 printable" in refusal(sharded)
+
+
+def test_an_index_of_too_many_shards(sharded):
+    edit_index(sharded, lambda weight_map: weight_map.update({f"t{i}": f"s{i}.safetensors" for i in range(3000)}))
+    assert "2000 are allowed" in refusal(sharded)
+
+
+def test_a_tied_copy_without_its_original(checkpoint):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(DataError, match="lacks model.embed_tokens.weight"):
+        open_checked(str(checkpoint), Registry(Plugins.load()))

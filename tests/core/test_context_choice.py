@@ -1,13 +1,16 @@
 """The context scheme of every layer: asked for or chosen by forecast, explained in numbers, refused with reasons."""
 
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
+from zoo.core.choices import choose_attention
 from zoo.core.context_choice import choose_schemes, forecasts, load_scheme, rates, settled
-from zoo.core.contracts import AttentionProblem, LayoutRequest
+from zoo.core.contracts import AttentionProblem, HeadShape, LayoutRequest
 from zoo.core.errors import PluginError, UsageError
 from zoo.core.job import Job
 from zoo.core.plugins import Plugins
@@ -275,3 +278,38 @@ def test_a_mask_that_shows_everything_is_forecast_as_such(registry):
 
 def test_more_ranks_than_tokens_is_the_adapters_to_refuse(registry):
     assert set(_names(_chosen(registry(), "auto", cp=8, seq=5)[0])) == {None}
+
+
+def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
+    """One K/V head cannot be dealt out over ranks by a scheme that says so, whatever other layers have."""
+    picky = (
+        "class Picky:\n    name = 'picky'\n    splits_rows = True\n"
+        "    def check(self, problem, length, degree): return 'one K/V head' if problem.num_kv_heads == 1 else None\n"
+        "@hookimpl\ndef zoo_register_context_schemes():\n"
+        "    return [ContextSchemeEntry(name='picky', target='zoo_picky:Picky')]\n"
+    )
+    found, alike = registry(("zoo-picky", picky)), _request()
+    assert _names(choose_schemes(_job("picky"), found, alike)[0]) == {None: "picky"}
+    few, many = HeadShape(num_heads=8, num_kv_heads=1, head_dim=64), alike.problem.heads
+    mixed = replace(alike, heads={many: 3, few: 1})
+    assert [problem.num_kv_heads for problem in mixed.problems] == [2, 1]
+    with pytest.raises(UsageError, match="one K/V head"):
+        choose_schemes(_job("picky"), found, mixed)
+    assert "picky cannot: one K/V head" in choose_schemes(_job(), found, mixed)[1]
+
+
+def test_a_kernel_must_compute_the_heads_of_every_layer():
+    class Picky:
+        def supports(self, problem):
+            return "odd heads" if problem.num_kv_heads == 1 else None
+
+    class Found:
+        attention = SimpleNamespace(load=lambda _name: Picky, names=lambda: ["picky"])
+
+    problem = _request().problem
+    one = problem.of(HeadShape(num_heads=8, num_kv_heads=1, head_dim=64))
+    job = Job().replace("attention", backend="picky")
+    assert choose_attention(job, Found, [problem])[0].__class__ is Picky
+    for wanted in (job, Job()):
+        with pytest.raises(UsageError, match="odd heads"):
+            choose_attention(wanted, Found, [problem, one])

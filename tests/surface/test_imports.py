@@ -18,6 +18,7 @@ FORBIDDEN_IN_MODELS = {"torch.distributed", "os", "DTensor", "distribute_tensor"
 FAMILY_NAMES_ELSEWHERE = {
     ("zoo/models/common/rope_parameters.py", "llama3"): "the hub's word for a kind of RoPE scaling, whoever uses it",
     ("zoo/models/common/rope.py", "llama3"): "the hub's word for a kind of RoPE scaling, whoever uses it",
+    ("zoo/models/nemotron_nas/sizes.py", "llama3"): "the hub's word for a kind of RoPE scaling, whoever uses it",
 }
 """(file, literal) to the reason why a family's name stands outside its folder."""
 

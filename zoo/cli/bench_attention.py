@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -90,7 +91,7 @@ def answer(
     num_ranks = _num_ranks(measure, ranks, cp)
     label, shape = _shape(registry, model, size, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     problem = _problem(shape, dtype)
-    backend, why = choose_attention(Job.from_settings({"attention.backend": (attn, "--attn")}), registry, problem)
+    backend, why = choose_attention(Job.from_settings({"attention.backend": (attn, "--attn")}), registry, [problem])
     wanted = _schemes(registry, schemes)
     able, refused = _able(wanted, problem, length, cp)
     mask, speed = words.mask(length, seed=seed), rates(problem, cp, None)
@@ -191,9 +192,7 @@ def _model_shape(registry: Registry, model: str, size: str | None) -> tuple[str,
         raise UsageError(f"{model} has no size '{size}'{f' ({hint})' if hint else ''}. Sizes: {', '.join(entry.sizes)}")
     spec: ModelSpec = registry.models.load(model)
     config = spec.parse(entry.sizes[size])
-    shape = HeadShape(
-        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim
-    )
+    ((shape, _),) = Counter(spec.heads(config)).most_common(1)
     return f"{model} {size}", shape
 
 

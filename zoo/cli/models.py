@@ -1,9 +1,9 @@
-"""`zoo models`: the families, their sizes, and the plugin each comes from."""
+"""`zoo models`: the families, their sizes, how far each axis can cut them, and the plugin each comes from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -11,21 +11,35 @@ import click
 from zoo.cli.session import Session, pass_session
 from zoo.cli.table import table
 from zoo.core.entries import ModelEntry
+from zoo.core.limits import axis_limits, kv_heads
 from zoo.core.units import format_count, format_tokens
 
-_HEADER = ("MODEL", "SIZE", "PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB", "CHECKPOINT", "FROM")
+_SHAPE = ("PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")
+_HEADER = ("MODEL", "SIZE", *_SHAPE, "CP", "TP", "EP", "PP", "CHECKPOINT", "FROM")
+_CUT = ("cp", "tp", "ep", "pp")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_session
 def models(session: Session, as_json: bool) -> None:
-    """List model families and their sizes: parameters, shape, native context, vocabulary, checkpoint."""
+    """List model families and their sizes: parameters, shape, native context, vocabulary, what can be cut, checkpoint.
+
+    A column of an axis says which degrees the model allows: any, the divisors of a number, or a range.
+    """
     rows = [row for entry in session.registry.models for row in _rows(entry, session)]
+    unserved = _unserved(session)
     if as_json:
-        click.echo(json.dumps({"models": rows}, indent=2))
-    else:
-        click.echo(table(_HEADER, [_cells(row) for row in rows]))
+        click.echo(json.dumps({"models": rows, "unserved_axes": unserved}, indent=2))
+        return
+    click.echo(table(_HEADER, [_cells(row) for row in rows]))
+    if unserved:
+        click.echo(f"no plugin here serves {' and '.join(f'--{axis}' for axis in unserved)} yet", err=True)
+
+
+def _unserved(session: Session) -> list[str]:
+    served = {axis for entry in session.registry.parallel_adapters for axis in entry.axes}
+    return [axis for axis in _CUT if axis not in served]
 
 
 def _rows(entry: ModelEntry, session: Session) -> list[dict[str, Any]]:
@@ -40,9 +54,10 @@ def _rows(entry: ModelEntry, session: Session) -> list[dict[str, Any]]:
             "layers": fields.get("num_hidden_layers"),
             "hidden": fields.get("hidden_size"),
             "heads": fields.get("num_attention_heads"),
-            "kv_heads": fields.get("num_key_value_heads", fields.get("num_attention_heads")),
+            "kv_heads": list(kv_heads(fields, entry.kv_heads.get(size, ()))),
             "context": fields.get("max_position_embeddings"),
             "vocab": fields.get("vocab_size"),
+            "allows": _allows(fields, entry.kv_heads.get(size, ())),
             "checkpoint": "embedded" if size in entry.embedded else entry.hub_ids.get(size),
             "plugin": owner.name,
             "dist": owner.dist or owner.source.file,
@@ -51,12 +66,37 @@ def _rows(entry: ModelEntry, session: Session) -> list[dict[str, Any]]:
     ]
 
 
+def _allows(fields: Mapping[str, Any], by_layer: Sequence[int]) -> dict[str, Any]:
+    """Axis to "any", to the degrees it may have, or to the largest; null where there is nothing to cut, or unknown."""
+    limits = axis_limits(fields, by_layer)
+    return {"cp": "any", "tp": limits.tp, "ep": limits.ep, "pp": limits.pp}
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     params = format_count(row["parameters"]) if row["parameters"] else ""
-    counts = [_text(row[key]) for key in ("layers", "hidden", "heads", "kv_heads")]
+    counts = [_text(row[key]) for key in ("layers", "hidden", "heads")]
+    shared = row["kv_heads"]
+    heads = "-".join(map(str, dict.fromkeys([shared[0], shared[-1]]))) if shared else ""
     context = format_tokens(row["context"]) if isinstance(row["context"], int) else ""
-    more = [context, _text(row["vocab"]), row["checkpoint"] or "", row["dist"]]
-    return [row["model"], row["size"], params, *counts, *more]
+    cut = [_degrees(row["allows"][axis]) for axis in _CUT]
+    return [
+        row["model"],
+        row["size"],
+        params,
+        *counts,
+        heads,
+        context,
+        _text(row["vocab"]),
+        *cut,
+        row["checkpoint"] or "",
+        row["dist"],
+    ]
+
+
+def _degrees(allowed: Any) -> str:
+    if isinstance(allowed, tuple):
+        return f"div {allowed[-1]}"
+    return f"1-{allowed}" if isinstance(allowed, int) else _text(allowed)
 
 
 def _text(value: object) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.conversion.files import open_file, read_bounded
+from zoo.conversion.headers import MAX_TENSORS, NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
+from zoo.conversion.strict_json import parse_object
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
 
@@ -19,72 +22,97 @@ GENERATION = "generation_config.json"
 
 _MAX_CONFIG = 1 << 20
 _MAX_INDEX = 10 << 20
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_COMPANION = 256 << 20
+"""Bytes of a tokenizer file; the largest that are published have some 35 MB."""
+_MAX_VALUES = 100_000
+_MAX_CONTAINERS = 10_000
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\.safetensors")
+_MODEL_TYPE = re.compile(r"[!-~]{1,64}")
+_PICKLE = re.compile(r"[\w.-]{1,120}\.(bin|pt|pth|ckpt|nemo|distcp)", re.ASCII)
 _COMPANIONS = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer\.model"
-    r"|vocab\.json|merges\.txt|chat_template\.(jinja|json)|generation_config\.json|(LICENSE|NOTICE|USE_POLICY)[\w.-]*"
+    r"|vocab\.json|merges\.txt|chat_template\.(jinja|json)|generation_config\.json|(LICENSE|NOTICE|USE_POLICY)[\w.-]*",
+    re.ASCII,
 )
 
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a directory is meant as such a checkpoint, however broken."""
     names = (CONFIG, SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return path.is_dir() and any((path / name).exists() for name in names)
+    return os.path.isdir(path) and any(os.path.lexists(path / name) for name in names)
 
 
 def open_directory(path: Path) -> HubCheckpoint:
     """Check everything that can be checked without a model and without reading a tensor. Raises DataError."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory")
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
+    _check_kind(path / CONFIG, config)
     # Code that comes with a checkpoint is never run, and must not be passed on either.
     config.pop("auto_map", None)
     return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path))
 
 
 def companions(path: Path) -> tuple[str, ...]:
-    """Names of the other files that belong to a checkpoint: tokenizer, templates, licence."""
-    return tuple(sorted(p.name for p in path.iterdir() if p.is_file() and _COMPANIONS.fullmatch(p.name)))
+    """Names of the other files that belong to a checkpoint: tokenizer, templates, licence. Never opened as anything.
+
+    Raises DataError for one that is no plain file of the directory or absurdly large.
+    """
+    names = [name for name in _names(path) if _COMPANIONS.fullmatch(name)]
+    for name in names:
+        _check_companion(path / name)
+    return tuple(names)
 
 
-def read_object(file: Path, *, limit: int) -> dict[str, Any]:
+def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[str, Any]:
     """A JSON object of bounded size. Raises DataError naming the file."""
+    return parse_object(read_bounded(file, limit), f"{file}:", values=values, containers=_MAX_CONTAINERS)
+
+
+def _names(path: Path) -> list[str]:
     try:
-        with file.open("rb") as stream:
-            text = stream.read(limit + 1)
-    except FileNotFoundError:
-        raise DataError(f"{file.parent} has no {file.name}; copy it from where the weights come from") from None
+        return sorted(os.listdir(path))
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(text) > limit:
-        raise DataError(f"{file}: more than the {limit} bytes that are allowed")
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _check_companion(file: Path) -> None:
+    descriptor = open_file(file)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: no valid JSON: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: must be a JSON object")
-    return found
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if size > MAX_COMPANION:
+        raise DataError(f"{file}: {size} bytes, more than the {MAX_COMPANION} that are allowed")
+
+
+def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+    """Plugins match checkpoints by this field, and errors show it."""
+    kind = config.get("model_type")
+    if kind is not None and not (isinstance(kind, str) and _MODEL_TYPE.fullmatch(kind)):
+        raise DataError(f"{file}: model_type is {kind!r:.80}: it must be a name of at most 64 characters")
 
 
 def _tensors(path: Path) -> HubSource:
     single, index = path / SINGLE, path / INDEX
-    if single.exists() and index.exists():
+    there = os.path.lexists(single), os.path.lexists(index)
+    if all(there):
         raise DataError(f"{path} has both {SINGLE} and {INDEX}, and loaders disagree about which counts; remove one")
-    if single.exists():
+    if there[0]:
         return HubSource.single(single)
-    if index.exists():
+    if there[1]:
         return HubSource.sharded(path, _weight_map(index), index=index)
     raise _no_weights(path)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     """From tensor to plain file name: a path could lead out of the directory."""
-    weight_map = read_object(index, limit=_MAX_INDEX).get("weight_map")
+    weight_map = read_object(index, limit=_MAX_INDEX, values=MAX_TENSORS + 100).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index}: weight_map must be an object from tensor to file")
     for name, file in weight_map.items():
+        if not NAME.fullmatch(name):
+            raise DataError(f"{index}: tensor {name[:120]!r}: a name must be {NAME_RULE}")
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise DataError(
                 f"{index}: weight_map[{name[:120]!r}] is {file!r:.120}: it must be the plain name of a .safetensors "
@@ -94,7 +122,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _no_weights(path: Path) -> DataError:
-    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    pickles = [name for name in _names(path) if _PICKLE.fullmatch(name)]
     if not pickles:
         return DataError(f"{path} has neither {SINGLE} nor {INDEX}; fetch the weights too")
     return DataError(

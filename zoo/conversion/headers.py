@@ -5,10 +5,9 @@ Format (safetensors README): a little-endian u64 N, N bytes of JSON, then the te
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,24 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from zoo.conversion.files import identity, opened
+from zoo.conversion.strict_json import parse_object
 from zoo.core.errors import DataError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Stored types that hold weights, by their names in the format and in torch."""
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-_MAX_HEADER = 32 << 20
-_MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
+"""Of a checkpoint; the largest that are published have some 70,000."""
+
+_MAX_HEADER = 16 << 20
+_MAX_IN_FILE = 50_000
 _MAX_DIMS = 8
+_MAX_SIZE = 1 << 48
+"""Values a shape may speak of, dims of 0 aside. A tensor without values would else name any dims at all."""
+NAME = re.compile(r"[!-~]{1,256}")
+NAME_RULE = "1 to 256 printable ASCII characters without spaces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,62 +45,54 @@ class StoredTensor:
     length: int
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file holds, and which file that was: `identity` is that of zoo.conversion.files."""
+
+    tensors: Mapping[str, StoredTensor]
+    identity: tuple[int, int, int, int]
+
+
+def read_header(file: Path) -> Header:
     """Every tensor of a file, after all of the format's rules were checked. Raises DataError naming file and rule.
 
     The header is bounded before it is parsed; tensors must follow one another without hole, overlap or rest.
     """
     try:
-        size = _regular_size(file)
-        fields, base = _parsed(file, size)
-        tensors = {name: _tensor(file, name, entry, base) for name, entry in fields.items() if name != "__metadata__"}
-        _check_coverage(file, tensors, base, size)
+        with opened(file) as descriptor:
+            found = identity(descriptor)
+            fields, base = _parsed(file, descriptor)
+        fields.pop("__metadata__", None)
+        tensors = {name: _tensor(file, name, entry, base) for name, entry in fields.items()}
+        _check_coverage(file, tensors, base, found[2])
         with safe_open(str(file), framework="pt"):
-            return tensors
+            return Header(tensors, found)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be read as safetensors ({_reason(error)}); fetch it again") from None
 
 
-def _regular_size(file: Path) -> int:
-    status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{file}: not a regular file")
-    return status.st_size
-
-
-def _parsed(file: Path, size: int) -> tuple[dict[str, Any], int]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise DataError(f"{file}: truncated: {size} bytes, and its header claims {length}; fetch it again")
-        if length > _MAX_HEADER:
-            raise DataError(f"{file}: its header has {length} bytes, more than the {_MAX_HEADER} that are allowed")
-        text = stream.read(length)
-    try:
-        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: its header is no valid JSON: {_reason(error)}") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{file}: its header is no JSON object")
-    if len(fields) > _MAX_TENSORS:
-        raise DataError(f"{file}: its header names {len(fields)} tensors, and {_MAX_TENSORS} are allowed")
+def _parsed(file: Path, descriptor: int) -> tuple[dict[str, Any], int]:
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if size < 8 or length > size - 8:
+        raise DataError(f"{file}: truncated: {size} bytes, and its header claims {length}; fetch it again")
+    if length > _MAX_HEADER:
+        raise DataError(f"{file}: its header has {length} bytes, more than the {_MAX_HEADER} that are allowed")
+    text = os.pread(descriptor, length, 8)
+    if len(text) != length:
+        raise DataError(f"{file}: became shorter while it was read; fetch it again")
+    # A tensor has an object, two lists, and at most 4 + dims commas; the rest is for `__metadata__`.
+    containers, values = 3 * _MAX_IN_FILE + 8, (5 + _MAX_DIMS) * _MAX_IN_FILE
+    fields = parse_object(text, f"{file}: its header", values=values, containers=containers)
+    if len(fields) > _MAX_IN_FILE + 1:
+        raise DataError(f"{file}: its header names {len(fields)} tensors, and {_MAX_IN_FILE} are allowed")
     return fields, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} appears twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
 
 
 def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
     place = f"{file}: tensor {name[:120]!r}"
+    if not NAME.fullmatch(name):
+        raise DataError(f"{place}: a name must be {NAME_RULE}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise DataError(f"{place}: must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -105,6 +105,8 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
         raise DataError(f"{place}: shape must be a list of at most {_MAX_DIMS} non-negative integers")
     if not _naturals(offsets) or len(offsets) != 2:
         raise DataError(f"{place}: data_offsets must be two non-negative integers")
+    if math.prod(size or 1 for size in shape) > _MAX_SIZE:
+        raise DataError(f"{place}: shape {shape} is more than the {_MAX_SIZE} values that are allowed")
     length = offsets[1] - offsets[0]
     if length != math.prod(shape) * BYTES[DTYPES[dtype]]:
         raise DataError(f"{place}: {length} bytes do not hold shape {shape} of {dtype}")
@@ -112,7 +114,8 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    """Whether it is a list of integers that fit the format's own 64 bits."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _check_coverage(file: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:

@@ -2,100 +2,93 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zoo.conversion.headers import StoredTensor, read_header
+from zoo.conversion.headers import MAX_TENSORS, Header, read_header
+from zoo.conversion.ranges import Files, Place
 from zoo.core.errors import DataError
-from zoo.core.rules import Index, row_blocks, whole
+from zoo.core.rules import Index
 
-_BLOCK_VALUES = 1 << 22
+_MAX_SHARDS = 2000
 
 
-@dataclass(frozen=True, eq=False)
 class HubSource:
-    """A TensorSource over checked files, each opened at its first read."""
+    """A TensorSource over checked files."""
 
-    path: Path
-    tensors: Mapping[str, tuple[Path, StoredTensor]]
-    _descriptors: dict[Path, int] = field(default_factory=dict)
+    def __init__(self, path: Path, headers: Mapping[Path, Header]) -> None:
+        self.path = path
+        self._headers = headers
+        self._files = Files({file: header.identity for file, header in headers.items()})
+        self._places = {
+            name: Place(file, tensor.start, tensor.shape, getattr(torch, tensor.dtype))
+            for file, header in headers.items()
+            for name, tensor in header.tensors.items()
+        }
 
     @classmethod
     def single(cls, file: Path) -> HubSource:
         """One file. Raises DataError."""
-        return cls(file.parent, {name: (file, tensor) for name, tensor in read_header(file).items()})
+        return cls(file.parent, {file: read_header(file)})
 
     @classmethod
     def sharded(cls, directory: Path, weight_map: Mapping[str, str], *, index: Path) -> HubSource:
         """The shards an index names, each with exactly the tensors the index says. Raises DataError."""
-        found: dict[str, tuple[Path, StoredTensor]] = {}
-        for shard in sorted(set(weight_map.values())):
-            file = directory / shard
-            if not file.exists():
-                name = next(name for name, where in weight_map.items() if where == shard)
-                raise DataError(f"{index}: tensor {name!r} should be in {shard}, which is missing; fetch it again")
-            for name, tensor in read_header(file).items():
+        headers = {}
+        for shard in _shards(directory, weight_map, index):
+            headers[directory / shard] = header = read_header(directory / shard)
+            for name in header.tensors:
                 _check_place(index, name, shard, weight_map)
-                found[name] = file, tensor
-        absent = sorted(weight_map.keys() - found.keys())
+        absent = sorted(weight_map.keys() - {name for header in headers.values() for name in header.tensors})
         if absent:
             raise DataError(f"{index}: tensor {absent[0]!r} is not in {weight_map[absent[0]]}; fetch that file again")
-        return cls(directory, found)
+        return cls(directory, headers)
 
     def __str__(self) -> str:
         return str(self.path)
 
     def names(self) -> Collection[str]:
-        return self.tensors.keys()
+        return self._places.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name][1].shape
+        return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        return self.tensors[name][1].dtype
+        return str(self._places[name].dtype).removeprefix("torch.")
+
+    def fingerprint(self) -> str:
+        """Of the files' names, sizes, times and headers."""
+        digest = hashlib.sha256()
+        for file, header in sorted(self._headers.items()):
+            digest.update(repr((file.name, header.identity[2:], sorted(header.tensors.items()))).encode())
+        return digest.hexdigest()
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A piece in its stored dtype; only its rows are read. Raises DataError if the file became shorter."""
-        file, tensor = self.tensors[name]
-        if any(not 0 <= i.start <= i.stop <= size for i, size in zip(index, tensor.shape, strict=True)):
-            raise ValueError(f"{index} lies outside of {name}, which is {list(tensor.shape)}")
-        if index[1:] == whole(tensor.shape[1:]):
-            return self._rows(file, tensor, index)
-        out = torch.empty([i.stop - i.start for i in index], dtype=getattr(torch, tensor.dtype))
-        for block in row_blocks((index[0], *whole(tensor.shape[1:])), values=_BLOCK_VALUES):
-            place = slice(block[0].start - index[0].start, block[0].stop - index[0].start)
-            out[place] = self._rows(file, tensor, block)[(slice(None), *index[1:])]
-        return out
+        """A piece in its stored dtype; little more than it is read. Raises DataError if the file changed meanwhile."""
+        place = self._places[name]
+        if any(not 0 <= i.start <= i.stop <= size for i, size in zip(index, place.shape, strict=True)):
+            raise ValueError(f"{index} lies outside of {name}, which is {list(place.shape)}")
+        return self._files.read(place, index)
 
-    def _rows(self, file: Path, tensor: StoredTensor, index: Index) -> Tensor:
-        """Whole rows, which are contiguous."""
-        shape = [i.stop - i.start for i in index]
-        row = tensor.length // tensor.shape[0] if index and tensor.shape[0] else tensor.length
-        start, length = (index[0].start * row, shape[0] * row) if index else (0, tensor.length)
-        raw = torch.empty(length, dtype=torch.uint8)
-        view, position = raw.numpy().data, tensor.start + start
-        while view:
-            count = os.preadv(self._descriptor(file), [view], position)
-            if count == 0:
-                raise DataError(f"{file}: became shorter while it was read; fetch it again")
-            view, position = view[count:], position + count
-        return raw.view(getattr(torch, tensor.dtype)).view(shape)
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            try:
-                descriptor = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-            self._descriptors[file] = descriptor
-            weakref.finalize(self, os.close, descriptor)
-        return self._descriptors[file]
+def _shards(directory: Path, weight_map: Mapping[str, str], index: Path) -> list[str]:
+    """File names of all shards, which are there."""
+    shards = sorted(set(weight_map.values()))
+    if len(weight_map) > MAX_TENSORS or len(shards) > _MAX_SHARDS:
+        raise DataError(
+            f"{index}: names {len(weight_map)} tensors in {len(shards)} files, and {MAX_TENSORS} in {_MAX_SHARDS} are "
+            f"allowed"
+        )
+    missing = [shard for shard in shards if not os.path.exists(directory / shard)]
+    if missing:
+        name = next(name for name, where in weight_map.items() if where == missing[0])
+        raise DataError(f"{index}: tensor {name!r} should be in {missing[0]}, which is missing; fetch it again")
+    return shards
 
 
 def _check_place(index: Path, name: str, shard: str, weight_map: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from zoo.core.contracts import (
@@ -26,25 +26,30 @@ Named = TypeVar("Named")
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
-def choose_attention(job: Job, registry: Registry, problem: AttentionProblem) -> tuple[AttentionBackend, str]:
-    """The backend asked for, or the one plugins choose among those that can. Raises UsageError if none can."""
+def choose_attention(
+    job: Job, registry: Registry, problems: Sequence[AttentionProblem]
+) -> tuple[AttentionBackend, str]:
+    """The backend asked for, or the one plugins choose among those that can. Raises UsageError if none can.
+
+    It computes every layer, so it can if it can all `problems`; plugins choose by the first.
+    """
     wanted = job.attention.backend
     if wanted != "auto":
         backend: AttentionBackend = registry.attention.load(wanted)()
-        reason = backend.supports(problem)
+        reason = first_reason(map(backend.supports, problems))
         if reason is not None:
             raise UsageError(f"--attn {wanted} cannot run this job: {reason}. --attn auto chooses one that can")
         return backend, f"{wanted} (asked for)"
     backends: dict[str, AttentionBackend] = {
         name: registry.attention.load(name)() for name in registry.attention.names()
     }
-    reasons = {name: backend.supports(problem) for name, backend in backends.items()}
+    reasons = {name: first_reason(map(backend.supports, problems)) for name, backend in backends.items()}
     able = _able(reasons)
     if not able:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UsageError(f"no attention backend can run this job ({said or 'no plugin provides any'})")
     return _chosen(
-        backends, reasons, registry.select_attention(problem, able), registry.decider("zoo_select_attention")
+        backends, reasons, registry.select_attention(problems[0], able), registry.decider("zoo_select_attention")
     )
 
 
@@ -95,6 +100,11 @@ def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> st
     cores = "" if accelerator_type() else f"{degrees.world_size} ranks on {num_cores()} cores"
     aside = "; ".join(part for part in (names, cores if degrees.world_size > 1 else "") if part)
     return f"{degrees.describe()}{f' ({aside})' if aside else ''}"
+
+
+def first_reason(reasons: Iterable[str | None]) -> str | None:
+    """The first reason why not, None if there is none."""
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _able(reasons: Mapping[str, str | None]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
+from zoo.core.choices import first_reason
 from zoo.core.contracts import AttentionProblem, ContextScheme, Forecast, LayoutRequest
 from zoo.core.device import attention_flops, link_bytes
 from zoo.core.errors import UsageError
@@ -85,7 +86,7 @@ def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
 def forecasts(
     schemes: Mapping[str, ContextScheme], request: LayoutRequest, mask: Mask, *, balance: str, wire: str | None
 ) -> dict[str, Forecast]:
-    """What each scheme would cost a layer that sees `mask`. A few ranks stand for all."""
+    """What each scheme would cost a layer that sees `mask`, of the heads most have. A few ranks stand for all."""
     degree, problem = request.degrees["cp"], request.problem
     some, row = sorted({0, degree // 2, degree - 1}), replace(mask, window=None)
     found = {}
@@ -110,16 +111,22 @@ def _wanted(job: Job, registry: Registry) -> tuple[str, str]:
 
 def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: int) -> ContextScheme:
     scheme = load_scheme(registry, wanted)
-    reason = scheme.check(request.problem, request.seq, degree)
+    reason = _reason(scheme, request)
     if reason is not None:
         raise UsageError(f"--cp-scheme {wanted} with --cp {degree}: {reason}")
     return scheme
 
 
+def _reason(scheme: ContextScheme, request: LayoutRequest) -> str | None:
+    """Why it cannot carry every kind of layer; None if it can."""
+    degree = request.degrees["cp"]
+    return first_reason(scheme.check(problem, request.seq, degree) for problem in request.problems)
+
+
 def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:
     degree = request.degrees["cp"]
     schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
-    reasons = {name: scheme.check(request.problem, request.seq, degree) for name, scheme in schemes.items()}
+    reasons = {name: _reason(scheme, request) for name, scheme in schemes.items()}
     able = {name: scheme for name, scheme in schemes.items() if reasons[name] is None}
     if not able:
         first = next(iter(reasons.values()), None)

@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from zoo.core.attention.problem import (
+    AttentionProblem as AttentionProblem,
+)
+from zoo.core.attention.problem import (
+    HeadShape as HeadShape,
+)
 from zoo.core.entries import (
     AttentionEntry as AttentionEntry,
 )
@@ -137,6 +143,8 @@ class ModelSpec:
     """(config, mean number of keys a token sees) to forward plus backward FLOPs."""
     optional_fields: tuple[str, ...] = ()
     """Fields of config.json that may be set though `hub_config` leaves them out while they say nothing."""
+    heads: Callable[[Any], Sequence[HeadShape]] = lambda config: [HeadShape.of(config)] * config.num_hidden_layers
+    """The heads of each attention layer."""
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
     experts: Callable[[Any], ExpertShape | None] = lambda _config: None
@@ -179,32 +187,6 @@ class AttentionSlice(NamedTuple):
         """Number of scores the rule leaves visible."""
         rows, keys = self.q_stop - self.q_start, self.k_stop - self.k_start
         return rows * keys if self.rule is SliceRule.FULL else rows * (rows + 1) // 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadShape:
-    """The heads of one attention layer, as a rank holds them."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionProblem:
-    """What an attention backend is asked to compute, for `supports`."""
-
-    device: str
-    """torch device type: `cpu`, `cuda`."""
-    dtype: str
-    """`float64`, `float32`, `bfloat16`, `float16`."""
-    head_dim: int
-    num_heads: int
-    num_kv_heads: int
-
-    @property
-    def heads(self) -> HeadShape:
-        return HeadShape(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
 
 class AttentionBackend(Protocol):
@@ -347,12 +329,20 @@ class LayoutRequest:
     model: str
     config: ModelConfig
     problem: AttentionProblem
+    """Of the heads that most layers have."""
+    heads: Mapping[HeadShape, int] = field(default_factory=dict)
+    """How many layers have which heads, the problem's first; empty where all have those."""
     windows: Mapping[int | None, int] = field(default_factory=dict)
     """How many layers have which sliding window; None is no window."""
     schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
     """The context scheme of layers by their window; empty without context parallelism."""
     experts: ExpertShape | None = None
     """The model's experts, if it has any."""
+
+    @property
+    def problems(self) -> tuple[AttentionProblem, ...]:
+        """The attention of every kind of layer."""
+        return tuple(self.problem.of(heads) for heads in self.heads) or (self.problem,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

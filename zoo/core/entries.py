@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,8 @@ class ModelEntry(Entry):
     """Size name to the id of its published checkpoint."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Size name to its number of parameters."""
+    kv_heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Size name to the K/V heads of each attention layer, where layers differ and the fields have no one number."""
     embedded: Mapping[str, str] = field(default_factory=dict)
     """Size name to the directory of a checkpoint that ships with the plugin."""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

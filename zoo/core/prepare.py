@@ -19,6 +19,7 @@ from zoo.core.contracts import (
     AttentionProblem,
     ContextScheme,
     ContextSetup,
+    HeadShape,
     HubCheckpoint,
     LayoutRequest,
     MemoryPolicy,
@@ -112,17 +113,19 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
+    heads = Counter(origin.spec.heads(config))
     request = LayoutRequest(
         degrees=degrees.mapping(),
         seq=job.data.seq,
         micro_batch=job.data.micro_batch,
         model=origin.entry.name,
         config=config,
-        problem=_problem(config, dtype),
+        problem=_problem(heads, dtype),
+        heads=dict(heads.most_common()),
         windows=_windows(job, origin, config),
         experts=origin.spec.experts(config),
     )
-    backend, why_backend = choose_attention(job, registry, request.problem)
+    backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
     setup = _setup(job, schemes, request.windows, dtype)
     adapters = check_layout(registry, replace(request, schemes=schemes), setup)
@@ -212,13 +215,15 @@ def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
     return job.replace("data", global_batch=wanted), wanted
 
 
-def _problem(config: Any, dtype: str) -> AttentionProblem:
+def _problem(heads: Counter[HeadShape], dtype: str) -> AttentionProblem:
+    """Of the heads that most layers have; the first of several."""
+    ((most, _),) = heads.most_common(1)
     return AttentionProblem(
         device=accelerator_type() or "cpu",
         dtype=dtype,
-        head_dim=config.head_dim,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
+        head_dim=most.head_dim,
+        num_heads=most.num_heads,
+        num_kv_heads=most.num_kv_heads,
     )
 
 

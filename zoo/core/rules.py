@@ -7,6 +7,7 @@ both sides.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -180,7 +181,7 @@ class RuleBook:
             for piece in pieces:
                 found.setdefault(piece.hub, []).append((name, piece))
         for hub, places in found.items():
-            _check_cover(hub, places)
+            check_cover(hub, places)
         return {hub: tuple(places) for hub, places in found.items()}
 
     @cached_property
@@ -210,8 +211,11 @@ class _Ours:
     def shape(self, name: str) -> Shape:
         return self.book.shapes[name]
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def dtype(self, name: str) -> str:
-        return self.source.dtype(self.book.pieces[name][0].hub)
+        return _common_dtype({self.source.dtype(piece.hub) for piece in self.book.pieces[name]})
 
     def read(self, name: str, index: Index) -> Tensor:
         pieces = self.book.pieces[name]
@@ -239,8 +243,11 @@ class _Hub:
     def shape(self, name: str) -> Shape:
         return self.book.hub_shapes[name]
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def dtype(self, name: str) -> str:
-        return self.source.dtype(self.book.hub[name][0][0])
+        return _common_dtype({self.source.dtype(ours) for ours, _ in self.book.hub[name]})
 
     def read(self, name: str, index: Index) -> Tensor:
         places = self.book.hub[name]
@@ -254,20 +261,30 @@ class _Hub:
         return out
 
 
+def _common_dtype(names: Collection[str]) -> str:
+    """The narrowest that holds all values of all of them."""
+    dtypes = (getattr(torch, name) for name in names)
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+
+
 def whole(shape: Shape) -> Index:
     """The index of an entire tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
 def row_blocks(index: Index, *, values: int) -> Iterator[Index]:
-    """Cut an index along dim 0 into pieces of at most about so many values, at least one row each."""
+    """Cut an index into pieces of at most so many values, each contiguous in C order, in that order."""
     if not index:
         yield index
         return
-    row = max(1, math.prod(_extent(index[1:])))
-    step = max(1, values // row)
+    row = math.prod(_extent(index[1:]))
+    step = max(1, values // max(1, row))
     for start in range(index[0].start, index[0].stop, step):
-        yield (slice(start, min(start + step, index[0].stop)), *index[1:])
+        rows = slice(start, min(start + step, index[0].stop))
+        if row > values:
+            yield from ((rows, *rest) for rest in row_blocks(index[1:], values=values))
+        else:
+            yield (rows, *index[1:])
 
 
 def _extent(index: Index) -> Shape:
@@ -292,8 +309,8 @@ def _match(pattern: str, name: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
-def _check_cover(hub: str, places: Sequence[tuple[str, Piece]]) -> None:
-    """Boxes of a hub tensor lie in it, apart from each other, and fill it. Raises ValueError."""
+def check_cover(hub: str, places: Sequence[tuple[str, Piece]]) -> None:
+    """Boxes of a hub tensor are apart from each other and fill it. Raises ValueError."""
     boxes = [(piece.hub_start, piece.extent) for _, piece in places]
     shape = places[0][1].hub_shape
     for i, (name, piece) in enumerate(places[1:], 1):

@@ -18,8 +18,8 @@ def decoder_plan(
 ) -> ParallelPlan:
     """The plan of a decoder.
 
-    `feed_forward` says how the modules after attention are cut, by their names in a layer, and `seams` which seams
-    they have.
+    `feed_forward` says how the modules after attention are cut, norm included, by their names in a layer, and `seams`
+    which seams they have.
 
     The head is cut along the vocabulary like the embedding, so that tied weights agree.
     """
@@ -32,7 +32,6 @@ def decoder_plan(
             f"{LAYER}.self_attn.k_proj": "colwise",
             f"{LAYER}.self_attn.v_proj": "colwise",
             f"{LAYER}.self_attn.o_proj": "rowwise",
-            f"{LAYER}.post_attention_layernorm": "sequence",
             **{f"{LAYER}.{name}": style for name, style in feed_forward.items()},
             "model.norm": "sequence",
             "lm_head": "vocab",

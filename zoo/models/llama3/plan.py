@@ -9,7 +9,14 @@ from zoo.models.llama3.config import LlamaConfig
 
 
 def plan(_config: LlamaConfig) -> ParallelPlan:
-    return decoder_plan({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"})
+    return decoder_plan(
+        {
+            "post_attention_layernorm": "sequence",
+            "mlp.gate_proj": "colwise",
+            "mlp.up_proj": "colwise",
+            "mlp.down_proj": "rowwise",
+        }
+    )
 
 
 def flops_per_token(config: LlamaConfig, mean_visible_keys: float) -> float:

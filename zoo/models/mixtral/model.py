@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from zoo.core.contracts import ExpertShape, ModelSpec
+from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
 from zoo.models.common.decoder import init_buffers, init_weights
 from zoo.models.common.moe import SparseMoE, init_experts
@@ -14,7 +14,7 @@ from zoo.models.common.moe_decoder import SparseCausalLM, SparseDecoder, SparseD
 from zoo.models.common.norms import RMSNorm
 from zoo.models.common.rope import RotaryEmbedding
 from zoo.models.mixtral.config import MixtralConfig, hub_config, override, parse
-from zoo.models.mixtral.plan import flops_per_token, plan
+from zoo.models.mixtral.plan import experts, flops_per_token, plan
 from zoo.models.mixtral.rules import forms, rules
 from zoo.models.mixtral.sizes import MODEL_TYPE
 
@@ -69,12 +69,8 @@ SPEC = ModelSpec(
     build=build,
     plan=plan,
     flops_per_token=flops_per_token,
+    experts=experts,
     windows=lambda config: (config.sliding_window,) * config.num_hidden_layers,
-    experts=lambda config: ExpertShape(
-        num_experts=config.num_local_experts,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-    ),
     rules=rules,
     forms=forms,
     override=override,

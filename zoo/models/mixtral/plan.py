@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ParallelPlan
+from zoo.core.contracts import ExpertShape, ParallelPlan
 from zoo.models.common.decoder_config import attention_weights
 from zoo.models.common.plan import LAYER, decoder_plan, train_flops
 from zoo.models.mixtral.config import MixtralConfig, expert_weights
@@ -13,9 +13,17 @@ _MOE = f"{LAYER}.block_sparse_moe"
 def plan(_config: MixtralConfig) -> ParallelPlan:
     """Experts are dealt out whole, so none of their matrices is cut."""
     return decoder_plan(
-        {},
+        {"post_attention_layernorm": "sequence"},
         expert=(f"{_MOE}.experts",),
         seams={"dispatch": f"{_MOE}.dispatch", "grouped_matmul": f"{_MOE}.experts.matmul", "row_sum": "row_sum"},
+    )
+
+
+def experts(config: MixtralConfig) -> ExpertShape:
+    return ExpertShape(
+        num_experts=config.num_local_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
     )
 
 

@@ -9,7 +9,7 @@ from zoo.models.nemotron.config import NemotronConfig
 
 
 def plan(_config: NemotronConfig) -> ParallelPlan:
-    return decoder_plan({"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"})
+    return decoder_plan({"post_attention_layernorm": "sequence", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"})
 
 
 def flops_per_token(config: NemotronConfig, mean_visible_keys: float) -> float:

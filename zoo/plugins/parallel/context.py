@@ -39,7 +39,11 @@ class ContextParallel:
             return f"--cp {degree} needs a context scheme and none was chosen; type --cp-scheme ring"
         if request.seq < degree:
             return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks; lower --cp to {request.seq}"
-        reasons = (scheme.check(request.problem, request.seq, degree) for scheme in request.schemes.values())
+        reasons = (
+            scheme.check(problem, request.seq, degree)
+            for scheme in request.schemes.values()
+            for problem in request.problems
+        )
         return next((reason for reason in reasons if reason), None)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
