@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from zoo.cli.session import Session, pass_session
+from zoo.conversion.push import check_push, push
 from zoo.conversion.transfer import open_checked, report, transfer
 from zoo.core.errors import UsageError
 
@@ -20,17 +21,27 @@ from zoo.core.errors import UsageError
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="type of the written weights; as stored if not given",
 )
+@click.option("--push", "repo", metavar="OWNER/NAME", help="upload it to this repository of the hub afterwards")
+@click.option("--private", is_flag=True, help="make that repository private, if there is none yet")
 @pass_session
-def export(session: Session, source: str, out: Path | None, form: str, dtype: str | None) -> None:
+def export(
+    session: Session, source: str, out: Path | None, form: str, dtype: str | None, repo: str | None, private: bool
+) -> None:
     """Write SRC (a run, a checkpoint of one, or a checkpoint directory) as a checkpoint that others load.
 
     OUT defaults to the folder hf/ of the run. Nothing is overwritten; what was written is read back and compared.
     """
+    if private and not repo:
+        raise UsageError("--private says how to push: give --push OWNER/NAME too")
+    if repo:
+        check_push(repo)
     converter = session.registry.converters.load(form)
     target = out or _default_out(Path(source), form)
     transfer(open_checked(source, session.registry), converter, target, dtype=dtype)
     click.echo(f"export    {report(target)}", err=True)
     click.echo(target)
+    if repo:
+        click.echo(push(target, repo, private=private))
 
 
 def _default_out(source: Path, form: str) -> Path:

@@ -98,7 +98,7 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise DataError(
-            f"{place}: stored as {str(dtype)[:20]}, and only {', '.join(DTYPES)} can be trained; "
+            f"{place}: stored as {dtype!r:.40}, and only {', '.join(DTYPES)} can be trained; "
             f"use an unquantised checkpoint"
         )
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
