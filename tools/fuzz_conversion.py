@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from tools.fuzz_cases import Case, Files, bases, mutate
+from tools.fuzz_extremes import extremes
 from zoo.conversion.hf import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import ZooError
@@ -114,6 +115,7 @@ class Fuzz:
     outcomes: Counter[str] = field(default_factory=Counter)
     rules: Counter[str] = field(default_factory=Counter)
     slowest: float = 0.0
+    slowest_label: str = ""
     failures: list[str] = field(default_factory=list)
 
     def run(self, case: Case, label: str, kind: str) -> None:
@@ -121,7 +123,8 @@ class Fuzz:
         for _ in range(2):  # a busy machine is no hang
             if not problem and seconds > SECONDS:
                 seconds, problem = min((seconds, None), self._once(case, "again"))
-        self.slowest = max(self.slowest, seconds)
+        if seconds > self.slowest:
+            self.slowest, self.slowest_label = seconds, label
         if not problem and seconds > SECONDS:
             problem = f"took {seconds:.1f} s"
         if problem:
@@ -224,6 +227,9 @@ def main() -> int:
     _limit_memory()
     before = _peak()
     start = time.monotonic()
+    if options.only is None:
+        for name, case in extremes(originals[0][1]):
+            fuzz.run(case, name, "extreme")
     for number in range(options.examples) if options.only is None else [options.only]:
         _case(fuzz, originals, seed, number)
         if number % 1000 == 999:
@@ -234,6 +240,7 @@ def main() -> int:
         "outcomes": dict(sorted(fuzz.outcomes.items())),
         "failures": len(fuzz.failures),
         "slowest_s": round(fuzz.slowest, 3),
+        "slowest": fuzz.slowest_label,
         "peak_growth_mib": (_peak() - before) >> 20,
         "files_opened": fuzz.watch.opened,
         "seconds": round(time.monotonic() - start, 1),
