@@ -162,7 +162,7 @@ def test_a_file_that_becomes_shorter_after_it_was_checked(checkpoint):
     tensors = open_directory(checkpoint).tensors
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
-    last = max(tensors.names(), key=lambda name: tensors.tensors[name][1].start)
+    last = max(tensors.names(), key=lambda name: tensors._places[name].start)
     with pytest.raises(DataError, match="changed since its header was checked"):
         tensors.read(last, whole(tensors.shape(last)))
 

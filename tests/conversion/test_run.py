@@ -11,7 +11,10 @@ import warnings
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.distributed import ranks
 from zoo.conversion.directory import open_directory
 from zoo.conversion.run import RunConverter, RunSource
 from zoo.core.errors import DataError, UsageError
@@ -65,15 +68,44 @@ def test_tensors_are_those_that_were_saved(run, checkpoint):
     assert torch.equal(opened.tensors.read(name, piece), original.tensors.read(name, piece))
 
 
-def test_one_tensor_is_held_at_a_time(run, monkeypatch):
-    source, loaded = RunSource(run / "checkpoints/step-10/state"), []
-    load = source._load
-    monkeypatch.setattr(source, "_load", lambda name: loaded.append(name) or load(name))
-    for row in range(5):
-        source.read("lm_head.weight", (slice(row, row + 1), slice(0, 32)))
-    source.read("model.norm.weight", (slice(0, 32),))
-    assert loaded == ["lm_head.weight", "model.norm.weight"]
-    assert source._last[0] == "model.norm.weight"
+def test_only_the_asked_bytes_are_read(run, monkeypatch):
+    source, read = RunSource(run / "checkpoints/step-10/state"), []
+    source.read("lm_head.weight", (slice(0, 1), slice(0, 32)))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: read.append(len(views[0])) or preadv(fd, views, at))
+    source.read("lm_head.weight", (slice(7, 9), slice(0, 32)))
+    assert read == [2 * 32 * 4]
+
+
+def save_quarter(directory, full):
+    mesh = init_device_mesh("cpu", (2, 2))
+    quarter = distribute_tensor(full, mesh, (Shard(0), Shard(1)))
+    save({"model.w": quarter}, storage_writer=FileSystemWriter(directory))
+
+
+@pytest.mark.dist
+def test_a_tensor_that_was_cut_among_ranks(tmp_path):
+    full = torch.arange(7 * 6, dtype=torch.float32).view(7, 6).to(torch.bfloat16)
+    ranks.run(4, save_quarter, str(tmp_path), full)
+    source = RunSource(tmp_path)
+    assert len(source._pieces("w")) == 4
+    for index in (whole((7, 6)), (slice(2, 6), slice(1, 5)), (slice(6, 7), slice(0, 6)), (slice(3, 3), slice(0, 6))):
+        assert torch.equal(source.read("w", index), full[index])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.randn(4, 6).t(), "not in C order"),
+        (torch.zeros(3, dtype=torch.int64), "must not name torch.LongStorage"),
+    ],
+)
+def test_chunks_that_are_no_weights(tmp_path, tensor, words):
+    with warnings.catch_warnings(action="ignore"):
+        save({"model.w": tensor}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    with pytest.raises(DataError, match=words) as error:
+        RunSource(tmp_path).read("w", whole(tuple(tensor.shape)))
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_without_a_finished_checkpoint(run):

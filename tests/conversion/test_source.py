@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from zoo.conversion import hub_source
+from zoo.conversion import ranges
 from zoo.conversion.directory import open_directory
 from zoo.conversion.hub_source import HubSource
 from zoo.core.rules import whole
@@ -43,7 +43,8 @@ def test_any_piece(stored, data):
         start = data.draw(st.integers(0, size))
         index.append(slice(start, data.draw(st.integers(start, size))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_source, "_BLOCK_VALUES", data.draw(st.integers(1, 100)))
+        patch.setattr(ranges, "_WIDE", data.draw(st.sampled_from([256, 1 << 20])))
+        patch.setattr(ranges, "_SHORT", data.draw(st.sampled_from([0, 16, 4096])))
         assert torch.equal(source.read(name, tuple(index)), tensors[name][tuple(index)])
 
 
@@ -55,10 +56,8 @@ def test_an_index_outside_is_an_error(stored):
 def test_rows_are_read_without_the_rest(stored, monkeypatch):
     tensors, source = stored
     read = []
-    preadv = hub_source.os.preadv
-    monkeypatch.setattr(
-        hub_source.os, "preadv", lambda fd, views, at: read.append(len(views[0])) or preadv(fd, views, at)
-    )
+    preadv = ranges.os.preadv
+    monkeypatch.setattr(ranges.os, "preadv", lambda fd, views, at: read.append(len(views[0])) or preadv(fd, views, at))
     source.read("matrix", (slice(4, 6), slice(0, 7)))
     assert read == [2 * 7 * tensors["matrix"].itemsize]
 
@@ -76,7 +75,7 @@ def test_files_are_closed_with_the_source(sharded):
     source = open_directory(sharded).tensors
     for name in source.names():
         source.read(name, whole(source.shape(name)))
-    opened = list(source._descriptors.values())
+    opened = list(source._files._descriptors.values())
     assert len(opened) >= 3
     del source
     for descriptor in opened:

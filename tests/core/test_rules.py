@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.core.errors import DataError
-from zoo.core.rules import Concat, Rename, RuleBook, Stack, row_blocks, whole
+from zoo.core.rules import Concat, Part, Rename, RuleBook, Stack, row_blocks, whole
 
 RULES = (
     Rename(ours="model.layers.{i}.router.weight", hub="model.layers.{i}.gate.weight"),
     Stack(ours="model.layers.{i}.experts.w1", hub="model.layers.{i}.experts.{e}.w1.weight"),
     Concat(ours="model.layers.{i}.qkv", hub=("l.{i}.q", "l.{i}.k", "l.{i}.v"), sizes=(4, 2, 1)),
     Concat(ours="wide", hub=("left", "right"), sizes=(3, 2), dim=1),
+    Part(ours="moe.{i}.w3", hub="moe.{i}.gate_up", dim=1, start=2, total=5),
+    Part(ours="moe.{i}.w1", hub="moe.{i}.gate_up", dim=1, start=0, total=5),
 )
 SHAPES = {
     "model.embed.weight": (6, 4),
@@ -23,6 +27,8 @@ SHAPES = {
     "model.layers.0.experts.w1": (3, 5, 4),
     "model.layers.0.qkv": (7, 4),
     "wide": (2, 5),
+    "moe.0.w1": (3, 2, 4),
+    "moe.0.w3": (3, 3, 4),
 }
 
 
@@ -69,6 +75,7 @@ def test_names_and_shapes_of_the_hub(book):
         "l.0.v": (1, 4),
         "left": (2, 3),
         "right": (2, 2),
+        "moe.0.gate_up": (3, 5, 4),
     }
 
 
@@ -79,6 +86,8 @@ def test_what_is_built(book, hub):
     assert torch.equal(built["model.layers.0.experts.w1"], torch.stack(experts))
     assert torch.equal(built["model.layers.0.qkv"], torch.cat([of["l.0.q"], of["l.0.k"], of["l.0.v"]]))
     assert torch.equal(built["wide"], torch.cat([of["left"], of["right"]], 1))
+    assert torch.equal(built["moe.0.w1"], of["moe.0.gate_up"][:, :2])
+    assert torch.equal(built["moe.0.w3"], of["moe.0.gate_up"][:, 2:])
     assert torch.equal(built["model.layers.10.router.weight"], of["model.layers.10.gate.weight"])
     assert torch.equal(built["model.embed.weight"], of["model.embed.weight"])
 
@@ -120,6 +129,21 @@ def test_dtypes_follow_the_source():
         ((Rename(ours="wide", hub="a"), Rename(ours="{x}", hub="b")), "both match wide"),
         ((Rename(ours="nothing.{i}", hub="a.{i}"),), "matches no parameter"),
         ((Stack(ours="wide", hub="no.atom"),), "exactly one atom"),
+        ((Part(ours="wide", hub="a", dim=1, start=0, total=6),), "leave a part of a unused"),
+        (
+            (
+                Part(ours="moe.{i}.w1", hub="a", dim=1, start=0, total=5),
+                Part(ours="moe.{i}.w3", hub="a", dim=1, start=1, total=5),
+            ),
+            "take a twice: for moe.0.w1 and moe.0.w3",
+        ),
+        (
+            (
+                Part(ours="moe.{i}.w1", hub="a", dim=1, start=0, total=5),
+                Part(ours="moe.{i}.w3", hub="a", dim=1, start=2, total=6),
+            ),
+            "disagree about the shape of a",
+        ),
     ],
 )
 def test_rules_that_contradict_each_other(rules, message):
@@ -130,6 +154,8 @@ def test_rules_that_contradict_each_other(rules, message):
 def test_pieces_that_do_not_add_up():
     with pytest.raises(DataError, match="wide has 5 rows and not 3 \\+ 3"):
         RuleBook((Concat(ours="wide", hub=("a", "b"), sizes=(3, 3), dim=1),), SHAPES)
+    with pytest.raises(DataError, match="wide has 5 rows, which do not fit into 6 at 2"):
+        RuleBook((Part(ours="wide", hub="a", dim=1, start=2, total=6),), SHAPES)
 
 
 def test_an_atom_is_never_two():
@@ -139,10 +165,9 @@ def test_an_atom_is_never_two():
         RuleBook((Rename(ours="a.{i}", hub="x.{i}"),), {"a.b.c": (1,)})
 
 
-@given(rows=st.integers(0, 20), width=st.integers(0, 5), values=st.integers(1, 30))
-def test_row_blocks_cover_an_index_once(rows, width, values):
-    tensor = torch.zeros(rows, width)
-    for block in row_blocks(whole((rows, width)), values=values):
-        tensor[block] += 1
-        assert tensor[block].numel() <= max(values, width)
-    assert bool((tensor == 1).all())
+@given(shape=st.lists(st.integers(0, 9), max_size=3), values=st.integers(1, 30))
+def test_row_blocks_cover_an_index_once_and_in_order(shape, values):
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    blocks = [numbers[block].flatten() for block in row_blocks(whole(tuple(shape)), values=values)]
+    assert all(block.numel() <= values for block in blocks)
+    assert torch.equal(torch.cat([*blocks, torch.zeros(0, dtype=torch.int64)]), numbers.flatten())

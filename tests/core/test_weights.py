@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zoo.core import weights
 from zoo.core.errors import DataError
-from zoo.core.rules import Stack
-from zoo.core.weights import ModuleSource, allocate, load_into, tied_names
+from zoo.core.rules import Part, Stack
+from zoo.core.weights import ModuleSource, allocate, load_into, rules_for, tied_names
 
 
 class Toy(nn.Module):
@@ -96,6 +96,35 @@ def test_a_tied_tensor_may_be_there_twice_if_it_is_the_same():
     source["head.weight"] = source["embed.weight"].clone()
     load_into(Toy(), source, RULES)
     assert tied_names(Toy()) == {"head.weight": "embed.weight"}
+
+
+def fused() -> Memory:
+    """The same weights as `stored`, all experts in one tensor."""
+    source = stored()
+    source["all"] = torch.stack([source.pop(f"experts.{e}") for e in range(4)])
+    return source
+
+
+class Forms:
+    """What of a ModelSpec a form is chosen by: experts apart, or all in one tensor under another name."""
+
+    build = staticmethod(lambda _config: Toy())
+    rules = staticmethod(lambda _config: RULES)
+    forms = staticmethod(lambda _config: ((Part(ours="experts", hub="all", dim=0, start=0, total=4),),))
+
+
+@pytest.mark.parametrize("source", [stored(), fused()], ids=["apart", "fused"])
+def test_the_names_tell_the_form(source):
+    toy = Toy()
+    load_into(toy, source, rules_for(Forms, None, source))
+    assert torch.equal(toy.experts, Toy(seed=1).experts)
+
+
+def test_errors_speak_of_the_form_that_fits_best():
+    source = fused()
+    del source["norm.weight"]
+    with pytest.raises(DataError, match=r"^DIR lacks norm\.weight, which"):
+        load_into(Toy(), source, rules_for(Forms, None, source))
 
 
 def test_old_frequencies_are_ignored():

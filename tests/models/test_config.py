@@ -1,4 +1,4 @@
-"""config.json of any Llama: read as transformers reads it, refused where it is hostile, written for 4 and 5."""
+"""config.json of any family: read as transformers reads it, refused where it is hostile, written for 4 and 5."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from tests.models.reference import ROPES, draw_fields
+from tests.models.reference import FAMILIES, ROPES, draw_fields
+from tests.models.test_families import every_family, module_of
 from zoo.core.errors import DataError
-from zoo.models.llama3.config import hub_config, num_parameters, override, parse
-from zoo.models.llama3.model import SPEC
-from zoo.models.llama3.plugin import zoo_rope_for_length
-from zoo.models.llama3.sizes import PARAMETERS, SIZES
+from zoo.models.llama3.config import hub_config, override, parse
+from zoo.models.llama3.sizes import SIZES
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -48,24 +47,30 @@ def test_rope_precedence_is_transformers(fields):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_written_config_is_read_alike_by_transformers_and_by_us(seed):
-    config = parse(draw_fields(seed))
-    written = json.loads(json.dumps(hub_config(config)))
-    assert parse(written) == config
-    theirs = LlamaConfig.from_dict(written)
-    for name in ("hidden_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "mlp_bias"):
-        assert getattr(theirs, name) == getattr(config, name)
+@every_family
+def test_a_written_config_is_read_alike_by_transformers_and_by_us(family, seed):
+    known = FAMILIES[family]
+    config = known.spec.parse(draw_fields(seed, family))
+    written = json.loads(json.dumps(known.spec.hub_config(config)))
+    assert known.spec.parse(written) == config
+    theirs = known.config.from_dict(written)
+    own = type(config).__dataclass_fields__.keys() - {"windows", "rope_parameters", "eos_token_id"}
+    assert {name: getattr(theirs, name) for name in own} == {name: getattr(config, name) for name in own}
     assert theirs.rope_parameters == config.rope_parameters.as_dict()
 
 
-def test_all_three_rope_fields_are_always_written():
-    """transformers 4 reads the first two only; 5 forgets theta if the first is missing beside the second."""
+@every_family
+def test_all_rope_fields_are_always_written(family):
+    """transformers 4 reads those at the top only; 5 forgets theta if `rope_theta` is missing beside `rope_scaling`."""
+    spec = FAMILIES[family].spec
     for rope in ROPES.values():
-        written = hub_config(parse({"rope_parameters": rope | {"rope_theta": 5e5}}))
+        written = spec.hub_config(spec.parse({"rope_parameters": rope | {"rope_theta": 5e5}}))
         assert written["rope_theta"] == 5e5
         assert (written["rope_scaling"] is None) == (rope["rope_type"] == "default")
         assert written["rope_parameters"]["rope_theta"] == 5e5
-        assert "rope_theta" not in (written["rope_scaling"] or {})
+        assert not {"rope_theta", "partial_rotary_factor"} & (written["rope_scaling"] or {}).keys()
+        partial = written["rope_parameters"].get("partial_rotary_factor")
+        assert written.get("partial_rotary_factor") == partial
 
 
 @pytest.mark.parametrize(
@@ -77,11 +82,7 @@ def test_all_three_rope_fields_are_always_written():
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
         ({"hidden_size": 4096.0}, "hidden_size"),
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"hidden_size": 100, "num_attention_heads": 8}, "multiple of num_attention_heads"),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, "multiple of num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -98,13 +99,50 @@ def test_all_three_rope_fields_are_always_written():
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
         ({"rope_theta": "1e4"}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
     ids=str,
 )
-def test_a_hostile_config_is_refused_in_one_line_that_names_the_field(fields, word):
+@every_family
+def test_a_hostile_config_is_refused_in_one_line_that_names_the_field(family, fields, word):
+    _check_refused(family, fields, word)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "word"),
+    [
+        ("llama3", {"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+        ("llama3", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("llama3", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ("llama3", {"hidden_size": 100, "num_attention_heads": 8}, "multiple of num_attention_heads"),
+        ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 2**30}, "num_local_experts"),
+        ("mixtral", {"num_experts": "8"}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok (5)"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("mixtral", {"router_aux_loss_coef": -0.1}, "router_aux_loss_coef"),
+        ("mixtral", {"output_router_logits": "yes"}, "output_router_logits"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window"),
+        ("mixtral", {"sliding_window": 4096.0}, "sliding_window"),
+        ("nemotron", {"norm_eps": -1e-5}, "norm_eps"),
+        ("nemotron", {"layer_norm_eps": "small"}, "norm_eps"),
+        ("nemotron", {"kv_channels": 10**9}, "head_dim"),
+        ("nemotron", {"mlp_bias": 1}, "mlp_bias"),
+        ("nemotron", {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        ("nemotron", {"partial_rotary_factor": float("nan")}, "partial_rotary_factor"),
+        ("nemotron", {"rope_percent": "half"}, "partial_rotary_factor"),
+        ("nemotron", {"partial_rotary_factor": 0.0}, "of which 0 are rotated"),
+        ("nemotron", {"head_dim": 10}, "of which 5 are rotated"),
+    ],
+    ids=str,
+)
+def test_a_familys_own_hostile_fields_are_refused(family, fields, word):
+    _check_refused(family, fields, word)
+
+
+def _check_refused(family, fields, word):
     with pytest.raises(DataError) as error:
-        parse(fields)
+        FAMILIES[family].spec.parse(fields)
     assert word in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
@@ -117,33 +155,69 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(hub_config(parse({})))), _JSON, max_size=4))
-def test_any_json_is_a_config_or_a_data_error(fields):
-    try:
-        config = parse(fields)
-    except DataError:
-        return
-    assert parse(hub_config(config)) == config
+@every_family
+def test_any_json_is_a_config_or_a_data_error(family):
+    spec = FAMILIES[family].spec
+    names = sorted({*spec.hub_config(spec.parse({})), *spec.optional_fields})
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.dictionaries(st.sampled_from(names), _JSON, max_size=4))
+    def check(fields):
+        try:
+            config = spec.parse(fields)
+        except DataError:
+            return
+        assert spec.parse(spec.hub_config(config)) == config
+
+    check()
 
 
 COUNTS = {
-    "3.2-1b": 1_235_814_400,
-    "3.2-3b": 3_212_749_824,
-    "8b": 8_030_261_248,
-    "70b": 70_553_706_496,
-    "3.1-8b": 8_030_261_248,
-    "3.1-70b": 70_553_706_496,
-    "3.1-405b": 405_853_388_800,
-    "3.3-70b": 70_553_706_496,
+    "llama3": {
+        "3.2-1b": 1_235_814_400,
+        "3.2-3b": 3_212_749_824,
+        "8b": 8_030_261_248,
+        "70b": 70_553_706_496,
+        "3.1-8b": 8_030_261_248,
+        "3.1-70b": 70_553_706_496,
+        "3.1-405b": 405_853_388_800,
+        "3.3-70b": 70_553_706_496,
+    },
+    "mixtral": {"8x3b": 18_305_026_560, "8x7b": 46_702_792_704, "8x22b": 140_630_071_296},
+    "nemotron": {
+        "minitron-4b": 4_190_509_056,
+        "minitron-8b": 8_271_699_968,
+        "8b": 8_540_135_424,
+        "22b": 21_266_116_608,
+        "15b": 15_628_775_424,
+        "340b": 341_029_195_776,
+    },
 }
 
 
-@pytest.mark.parametrize(("size", "count"), COUNTS.items())
-def test_published_sizes_have_the_published_number_of_parameters(size, count):
+@every_family
+def test_sizes_have_the_published_number_of_parameters(family):
+    """What is published, what is listed, what is computed from the fields, and what is built."""
+    sizes, num_parameters = module_of(family, "sizes"), module_of(family, "config").num_parameters
+    assert sizes.SIZES.keys() == sizes.PARAMETERS.keys()
+    assert {name: sizes.PARAMETERS[name] for name in sizes.SIZES.keys() - {"tiny"}} == COUNTS[family]
+    for name, fields in sizes.SIZES.items():
+        config = FAMILIES[family].spec.parse(fields)
+        assert num_parameters(config) == sizes.PARAMETERS[name]
+        assert _built(family, config) == sizes.PARAMETERS[name]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@every_family
+def test_parameters_are_counted_as_the_model_has_them(family, seed):
+    config = FAMILIES[family].spec.parse(draw_fields(seed, family))
+    assert module_of(family, "config").num_parameters(config) == _built(family, config)
+
+
+def _built(family, config):
     with torch.device("meta"):
-        model = SPEC.build(parse(SIZES[size]))
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+        model = FAMILIES[family].spec.build(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_new_rope_field_reaches_all_three_places():
@@ -174,37 +248,64 @@ def test_heads_follow_a_new_width():
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_rope_for_longer_rows_stretches_every_type(rope):
-    fields = hub_config(parse({"max_position_embeddings": 256, "rope_parameters": ROPES[rope] | {"rope_theta": 1e4}}))
-    longer = parse(override(fields, zoo_rope_for_length("llama3", fields, 1024)))
+@every_family
+def test_rope_for_longer_rows_stretches_every_type(family, rope):
+    spec, plugin = FAMILIES[family].spec, module_of(family, "plugin")
+    given = {"max_position_embeddings": 256, "rope_parameters": ROPES[rope] | {"rope_theta": 1e4}}
+    fields = spec.hub_config(spec.parse(given))
+    longer = spec.parse(spec.override(fields, plugin.zoo_rope_for_length(family, fields, 1024)))
     assert longer.max_position_embeddings == 1024
-    before = parse(fields).rope_parameters
+    before = spec.parse(fields).rope_parameters
     if rope in ("linear", "yarn"):
         assert longer.rope_parameters.factor == before.factor * 4
         assert longer.rope_parameters.rope_theta == 1e4
     else:
         assert longer.rope_parameters.rope_theta == 16e4
     assert longer.rope_parameters.original_max_position_embeddings == before.original_max_position_embeddings
-    assert zoo_rope_for_length("another", fields, 1024) is None
+    assert longer.rope_parameters.partial_rotary_factor == before.partial_rotary_factor
+    assert plugin.zoo_rope_for_length("another", fields, 1024) is None
+
+
+def test_nemotrons_older_names_are_read():
+    """transformers takes a head size of 85 for this one and crashes on its null."""
+    spec = FAMILIES["nemotron"].spec
+    old = {"hidden_size": 4096, "num_attention_heads": 48, "kv_channels": 128, "layer_norm_eps": 1e-6}
+    config = spec.parse(old | {"rope_percent": 0.25, "num_key_value_heads": None})
+    assert (config.head_dim, config.norm_eps, config.num_key_value_heads) == (128, 1e-6, 48)
+    assert config.rope_parameters.partial_rotary_factor == 0.25
+    written = spec.hub_config(config)
+    assert (written["head_dim"], written["num_key_value_heads"], written["norm_eps"]) == (128, 48, 1e-6)
+    assert written["partial_rotary_factor"] == written["rope_parameters"]["partial_rotary_factor"] == 0.25
+    assert spec.parse(old | {"head_dim": 64}).head_dim == 64, "today's name wins"
 
 
 @pytest.mark.parametrize(
-    ("size", "published"),
-    [("3.2-1b", 1_235_814_400), ("3.2-3b", 3_212_749_824), ("8b", 8_030_261_248), ("70b", 70_553_706_496)]
-    + [("3.1-405b", 405_853_388_800)],
+    "fields",
+    [
+        {},
+        {"partial_rotary_factor": 0.25},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_scaling": LINEAR, "partial_rotary_factor": 0.25},
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+    ],
+    ids=str,
 )
-def test_parameter_counts_are_the_published_ones(size, published):
-    assert PARAMETERS[size] == published
+def test_the_partial_factor_has_transformers_precedence(fields):
+    known = FAMILIES["nemotron"]
+    theirs = known.config.from_dict(json.loads(json.dumps(fields)))
+    theirs.standardize_rope_params()
+    expected = {key: value for key, value in theirs.rope_parameters.items() if key != "type"}
+    assert known.spec.parse(fields).rope_parameters.as_dict() == expected
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parameter_counts_are_those_of_the_fields(size):
-    assert PARAMETERS[size] == num_parameters(parse(SIZES[size]))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_parameters_are_counted_as_the_model_has_them(biased):
-    config = parse({**SIZES["tiny"], "attention_bias": biased, "mlp_bias": biased})
-    with torch.device("meta"):
-        model = SPEC.build(config)
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+def test_a_new_partial_factor_reaches_both_places():
+    spec = FAMILIES["nemotron"].spec
+    fields = spec.hub_config(spec.parse({"rope_scaling": LINEAR}))
+    for changed in (
+        spec.override(fields, {"partial_rotary_factor": 0.25}),
+        spec.override(spec.override(fields, {"partial_rotary_factor": 0.25}), {"rope_theta": 5e5}),
+        spec.override(spec.override(fields, {"partial_rotary_factor": 0.25}), {"rope_scaling": LINEAR}),
+    ):
+        assert changed["partial_rotary_factor"] == changed["rope_parameters"]["partial_rotary_factor"] == 0.25
+        assert changed["rope_parameters"]["rope_type"] == "linear"

@@ -6,12 +6,15 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers import LlamaConfig, NemotronConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding, apply_rotary_pos_emb
 
+from tests.models.reference import FAMILIES
 from zoo.models.common.rope import RotaryEmbedding, rotate
-from zoo.models.llama3.config import parse
-from zoo.models.llama3.sizes import SIZES
+from zoo.models.common.rope_parameters import parse_rope
+from zoo.models.llama3 import sizes as llama
+from zoo.models.nemotron import sizes as nemotron
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 VARIANTS = [
@@ -34,30 +37,41 @@ VARIANTS = [
 ]
 
 
-def both(variant: dict, *, head_dim: int = 64, theta: float = 5e5, length: int = 2048):
+def both(variant: dict, *, head_dim: int = 64, theta: float = 5e5, length: int = 2048, partial: float | None = None):
+    """Ours and transformers': Nemotron's where a part of each head is rotated."""
     fields = {"hidden_size": head_dim, "num_attention_heads": 1, "max_position_embeddings": length}
     fields |= {"rope_parameters": variant | {"rope_theta": theta}}
-    config = parse(fields)
-    ours = RotaryEmbedding(config.rope_parameters, head_dim=head_dim, max_position_embeddings=length)
-    return ours, LlamaRotaryEmbedding(LlamaConfig(**fields))
+    if partial is not None:
+        fields["partial_rotary_factor"] = partial
+    rope = parse_rope(fields, default_theta=1e4, max_position_embeddings=length, default_partial=partial)
+    ours = RotaryEmbedding(rope, head_dim=head_dim, max_position_embeddings=length)
+    if partial is None:
+        return ours, LlamaRotaryEmbedding(LlamaConfig(**fields))
+    return ours, NemotronRotaryEmbedding(NemotronConfig(**fields))
 
 
+@pytest.mark.parametrize("partial", [None, 0.5, 0.25])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
-def test_frequencies_are_transformers_bit_for_bit(variant):
-    for head_dim, theta, length in itertools.product((8, 64, 80, 128), (1e4, 5e5, 1e6), (2048, 131072)):
-        ours, theirs = both(variant, head_dim=head_dim, theta=theta, length=length)
+def test_frequencies_are_transformers_bit_for_bit(variant, partial):
+    for head_dim, theta, length in itertools.product((16, 64, 80, 192), (1e4, 5e5, 1e6), (2048, 131072)):
+        ours, theirs = both(variant, head_dim=head_dim, theta=theta, length=length, partial=partial)
         assert torch.equal(ours.inv_freq, theirs.inv_freq), (head_dim, theta, length)
         assert ours.attention_factor == theirs.attention_scaling
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_frequencies_of_published_sizes(size):
-    config = parse(SIZES[size])
-    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(SIZES[size])))
+@pytest.mark.parametrize(
+    ("family", "size", "theirs"),
+    [("llama3", size, LlamaRotaryEmbedding) for size in llama.SIZES]
+    + [("nemotron", size, NemotronRotaryEmbedding) for size in nemotron.SIZES],
+)
+def test_frequencies_of_published_sizes(family, size, theirs):
+    known = FAMILIES[family]
+    fields = dict({"llama3": llama, "nemotron": nemotron}[family].SIZES[size])
+    config = known.spec.parse(fields)
     ours = RotaryEmbedding(
         config.rope_parameters, head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings
     )
-    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    assert torch.equal(ours.inv_freq, theirs(known.config.from_dict(fields)).inv_freq)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,9 +100,11 @@ def test_fp64_angles_are_fp64():
     assert torch.equal(cos, (positions[..., None].double() * ours.inv_freq.double()).cos())
 
 
-def test_rotation_is_transformers_and_its_gradient_is_right():
+@pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])
+def test_rotation_is_transformers_and_its_gradient_is_right(partial):
+    """Nemotron's rotation of whole heads is everybody's."""
     q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
-    ours, theirs = both({"rope_type": "default"}, head_dim=16)
+    ours, theirs = both({"rope_type": "default"}, head_dim=16, partial=partial)
     positions = torch.arange(9).expand(2, -1)
     cos, sin = ours(positions, torch.float32)
     expected = apply_rotary_pos_emb(q, k, *theirs(q, positions))
@@ -96,7 +112,7 @@ def test_rotation_is_transformers_and_its_gradient_is_right():
     torch.testing.assert_close(rotate(k, cos, sin), expected[1], rtol=1e-6, atol=1e-6)
 
     x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
-    angles = torch.rand(1, 5, 4, dtype=torch.float64)
+    angles = torch.rand(1, 5, int(4 * partial), dtype=torch.float64)
     torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), x)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,16 +19,15 @@ from zoo.conversion.directory import (
 from zoo.conversion.files import copy_file
 from zoo.conversion.headers import BYTES
 from zoo.conversion.hub import fetch, is_hub_id
-from zoo.conversion.writer import Outgoing, raw_bytes, write_json, write_tensors
+from zoo.conversion.progress import progress
+from zoo.conversion.stream import Stream, default_threads
+from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
+from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
-from zoo.core.rules import row_blocks, whole
+from zoo.core.version import __version__
 from zoo.core.weights import check_tensors, rule_book
 
-SHARD_BYTES = 5_000_000_000
-"""The hub's own limit, in decimal gigabytes."""
-
-_BLOCK_VALUES = 1 << 22
 _MAX_CONFIG = 1 << 20
 _DROPPED = ("auto_map", "_name_or_path", "quantization_config")
 
@@ -39,9 +36,6 @@ class HfConverter:
     """config.json, safetensors, tokenizer files: what transformers, vLLM and the hub read."""
 
     name: ClassVar[str] = "hf"
-
-    def __init__(self, *, shard_bytes: int = SHARD_BYTES) -> None:
-        self.shard_bytes = shard_bytes
 
     def locate(self, source: str) -> Path | None:
         """A directory with such a checkpoint, or the copy of a hub id (`owner/name`). Raises DataError."""
@@ -63,60 +57,59 @@ class HfConverter:
         *,
         files: Mapping[str, Path],
         dtype: str | None,
+        shard_bytes: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Write `out` whole or not at all, then read it back and compare every byte. Raises DataError.
 
         `tensors` are under the family's own names. `files` are copied byte for byte, except that a `config.json`
         among them is the base over which the family's fields are laid.
         """
-        _check_target(out)
+        check_target(out)
         book = rule_book(spec, config)
         check_tensors(tensors, book.shapes)
         source = book.to_hub(tensors)
         outgoing = [Outgoing(n, shape, dtype or source.dtype(n)) for n, shape in book.hub_shapes.items()]
-        with _unfinished(out) as directory:
-            checksums = write_tensors(directory, source, outgoing, shard_bytes=self.shard_bytes)
-            _copy(files, directory)
-            fields = _config(spec.hub_config(config), files.get(CONFIG), outgoing)
-            write_json(directory / CONFIG, fields)
-            if GENERATION not in files:
-                write_json(directory / GENERATION, _generation(fields))
-            _verify(directory, outgoing, checksums)
+        shards = plan_shards(outgoing, shard_bytes or SHARD_BYTES)
+        size = sum(shard.size for shard in shards)
+        with (
+            unfinished(out, _fingerprint(source, shards)) as (directory, journal),
+            progress(out.name, size, passes=2) as tick,
+        ):
+            check_space(directory, size)
+            Stream(directory, source, journal, threads=threads or default_threads(), tick=tick).write(shards)
+            _write_others(directory, spec.hub_config(config), files, outgoing, shards)
+            _check_written(directory, outgoing)
 
 
-def _check_target(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise DataError(f"{out} exists and is no directory; choose another OUT")
-    if out.is_dir() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty, and nothing is overwritten; choose another OUT or remove it")
+def _fingerprint(source: TensorSource, shards: Sequence[Shard]) -> str:
+    """Of a conversion: the same one writes the same bytes at the same places."""
+    if not source.fingerprint():
+        return uuid.uuid4().hex
+    digest = hashlib.sha256(f"{__version__} {source.fingerprint()}".encode())
+    for shard in shards:
+        digest.update(shard.name.encode() + shard.header)
+    return digest.hexdigest()
 
 
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` if all goes well, and vanishes otherwise."""
-    directory = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        yield directory
-        _sync(directory)
-        directory.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be written: {error.strerror or error}; nothing was left behind, choose another OUT"
-        ) from None
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_others(
+    directory: Path,
+    fields: Mapping[str, Any],
+    files: Mapping[str, Path],
+    outgoing: Sequence[Outgoing],
+    shards: Sequence[Shard],
+) -> None:
+    """Everything but tensors, anew if an earlier attempt left some of it."""
+    keep = {JOURNAL, *(shard.name for shard in shards)}
+    for path in directory.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    write_index(directory, shards)
+    _copy(files, directory)
+    config = _config(fields, files.get(CONFIG), outgoing)
+    write_json(directory / CONFIG, config)
+    if GENERATION not in files:
+        write_json(directory / GENERATION, _generation(config))
 
 
 def _copy(files: Mapping[str, Path], directory: Path) -> None:
@@ -143,16 +136,13 @@ def _generation(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"_from_model_config": True} | {name: fields[name] for name in tokens if fields.get(name) is not None}
 
 
-def _verify(directory: Path, outgoing: Sequence[Outgoing], checksums: Mapping[str, int]) -> None:
-    """Open what was written as a reader would, and compare names, shapes, dtypes and bytes."""
+def _check_written(directory: Path, outgoing: Sequence[Outgoing]) -> None:
+    """Open what was written as a reader would, and compare names, shapes and dtypes; bytes were compared before."""
     written = open_directory(directory).tensors
     check_tensors(written, {tensor.name: tensor.shape for tensor in outgoing})
-    for tensor in outgoing:
-        checksum = 0
-        for block in row_blocks(whole(tensor.shape), values=_BLOCK_VALUES):
-            checksum = zlib.crc32(raw_bytes(written.read(tensor.name, block)), checksum)
-        if written.dtype(tensor.name) != tensor.dtype or checksum != checksums[tensor.name]:
-            raise DataError(f"{tensor.name} reads back differently from what was written; check the disk and try again")
+    wrong = [tensor.name for tensor in outgoing if written.dtype(tensor.name) != tensor.dtype]
+    if wrong:
+        raise DataError(f"{wrong[0]} reads back in another dtype than was written; check the disk and try again")
 
 
 CONVERTER = HfConverter()

@@ -1,29 +1,28 @@
-"""A run of zoo as a checkpoint to read from, one tensor at a time and without a process group.
+"""A run of zoo as a checkpoint to read from, by byte ranges of its chunks and without a process group.
 
 Format: torch.distributed.checkpoint's, weights under `model.<parameter>`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from zoo.conversion.chunks import chunk_place
 from zoo.conversion.directory import CONFIG, companions, read_object
+from zoo.conversion.ranges import Files, Place
 from zoo.core.checkpoint import find
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
-from zoo.core.rules import Index
+from zoo.core.rules import Index, Piece, check_cover
 
 _PREFIX = "model."
 _MAX_CONFIG = 1 << 20
@@ -53,13 +52,14 @@ class RunSource:
     def __init__(self, state: Path) -> None:
         """Raises DataError if `state` is no such directory."""
         self.state = state
-        self._reader = _Reader(state)
+        self._files = Files()
+        self._known: dict[str, Sequence[tuple[Piece, Place]]] = {}
+        self._metadata, self._digest = _read_metadata(state)
         self._tensors = {
             name.removeprefix(_PREFIX): found
-            for name, found in self._reader.metadata.state_dict_metadata.items()
+            for name, found in self._metadata.state_dict_metadata.items()
             if name.startswith(_PREFIX) and isinstance(found, TensorStorageMetadata)
         }
-        self._last: tuple[str, Tensor] | None = None
         if not self._tensors:
             raise DataError(f"{state}: holds no weights")
 
@@ -75,23 +75,52 @@ class RunSource:
     def dtype(self, name: str) -> str:
         return str(self._tensors[name].properties.dtype).removeprefix("torch.")
 
-    def read(self, name: str, index: Index) -> Tensor:
-        """A piece in its stored dtype. The whole tensor is read and kept until another one is asked for."""
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            self._last = name, self._load(name)
-        return self._last[1][index]
+    def fingerprint(self) -> str:
+        """Of the metadata and of the names, sizes and times of the files."""
+        digest = hashlib.sha256(self._digest)
+        for file in sorted(self.state.glob("*.distcp")):
+            status = file.stat()
+            digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
-    def _load(self, name: str) -> Tensor:
-        tensor = torch.empty(self.shape(name), dtype=getattr(torch, self.dtype(name)))
+    def read(self, name: str, index: Index) -> Tensor:
+        """A piece in its stored dtype; little more than it is read. Raises DataError."""
+        pieces = self._pieces(name)
+        if len(pieces) == 1:
+            return self._files.read(pieces[0][1], index)
+        out = torch.empty([i.stop - i.start for i in index], dtype=self._tensors[name].properties.dtype)
+        for piece, place in pieces:
+            if common := piece.of_ours(index):
+                here, there = common
+                out[here] = self._files.read(place, there)
+        return out
+
+    def _pieces(self, name: str) -> Sequence[tuple[Piece, Place]]:
+        """The chunks of a tensor and where they lie; together they are all of it. Raises DataError."""
+        if name not in self._known:
+            self._known[name] = self._find(name)
+        return self._known[name]
+
+    def _find(self, name: str) -> Sequence[tuple[Piece, Place]]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                load_state({_PREFIX + name: tensor}, storage_reader=self._reader, no_dist=True)
-        except (CheckpointException, Exception) as error:  # the former is no Exception
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.state}: {name} cannot be read ({reason}); use an earlier checkpoint") from None
-        return tensor
+            found = [(_piece(name, chunk), self._place(name, chunk)) for chunk in self._tensors[name].chunks]
+        except DataError as error:
+            raise DataError(f"{name} cannot be read: {error}; use an earlier checkpoint") from None
+        boxes = [Piece(name, p.start, p.shape, within=(p.start, self.shape(name))) for p, _ in found]
+        try:
+            check_cover(name, [(name, box) for box in boxes])
+        except (ValueError, IndexError):
+            raise DataError(f"{self.state}: the chunks of {name} do not add up; use an earlier checkpoint") from None
+        return found
+
+    def _place(self, name: str, chunk: ChunkStorageMetadata) -> Place:
+        info = self._metadata.storage_data.get(MetadataIndex(_PREFIX + name, chunk.offsets))
+        if info is None or info.transform_descriptors:
+            raise DataError(f"{self.state}: .metadata does not say where it lies")
+        place = chunk_place(self._files, self.state / info.relative_path, info.offset, info.length)
+        if place.shape != tuple(chunk.sizes) or place.dtype != self._tensors[name].properties.dtype:
+            raise DataError(f"{place.file}: a chunk has another shape or dtype than .metadata says")
+        return place
 
 
 class RunConverter:
@@ -125,30 +154,30 @@ class RunConverter:
         *,
         files: Mapping[str, Path],
         dtype: str | None,
+        shard_bytes: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Raises UsageError: training writes runs."""
         raise UsageError("a run is written by `zoo finetune`, not by an export; use --to hf")
 
 
-class _Reader(FileSystemReader):
-    """Metadata is read once, and only what metadata is made of is unpickled."""
+def _piece(name: str, chunk: ChunkStorageMetadata) -> Piece:
+    return Piece(name, tuple(chunk.offsets), tuple(chunk.sizes))
 
-    def __init__(self, state: Path) -> None:
-        super().__init__(str(state))
-        try:
-            content = (state / ".metadata").read_bytes()
-            found = _MetadataUnpickler(io.BytesIO(content)).load()
-        except Exception as error:
-            raise DataError(f"{state}: no readable checkpoint state ({' '.join(str(error).split())[:200]})") from None
-        if not isinstance(found, Metadata):
-            raise DataError(f"{state}: .metadata is no checkpoint metadata")
-        for info in (found.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise DataError(f"{state}: .metadata names {info.relative_path!r:.120}, which is no plain file name")
-        self.metadata = found
 
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        return self.metadata
+def _read_metadata(state: Path) -> tuple[Metadata, bytes]:
+    """What a state is made of, only that unpickled, and its SHA-256. Raises DataError."""
+    try:
+        content = (state / ".metadata").read_bytes()
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:
+        raise DataError(f"{state}: no readable checkpoint state ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(found, Metadata):
+        raise DataError(f"{state}: .metadata is no checkpoint metadata")
+    for info in (found.storage_data or {}).values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise DataError(f"{state}: .metadata names {info.relative_path!r:.120}, which is no plain file name")
+    return found, hashlib.sha256(content).digest()
 
 
 class _MetadataUnpickler(pickle.Unpickler):

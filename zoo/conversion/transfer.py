@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoo.conversion.directory import CONFIG, open_directory
+from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
-from zoo.core.weights import check_tensors, check_tied, rule_book
+from zoo.core.units import format_duration
+from zoo.core.weights import IGNORABLE, check_tensors, check_tied, rule_book
+
+STORED = "stored"
+"""`--dtype stored`: each tensor in its own type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +42,7 @@ def open_checked(source: str, registry: Registry) -> Opened:
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(checkpoint.config)
     _check_layers(checkpoint, config)
-    book = rule_book(spec, config)
+    book = rule_book(spec, config, None if checkpoint.own_names else checkpoint.tensors)
     if checkpoint.own_names:
         check_tensors(checkpoint.tensors, book.shapes)
         return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=checkpoint.tensors)
@@ -54,17 +61,58 @@ def _check_layers(checkpoint: HubCheckpoint, config: Any) -> None:
         )
 
 
-def transfer(opened: Opened, converter: Converter, out: Path, *, dtype: str | None = None) -> None:
-    """Write a checkpoint in another place and form, with the files that belong to it. Raises DataError."""
+def transfer(
+    opened: Opened,
+    converter: Converter,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_size: str = "5GB",
+    threads: int | None = None,
+) -> str:
+    """Write a checkpoint in another place and form, with the files that belong to it. Returns a sentence about it.
+
+    Raises UsageError or DataError.
+    """
+    started = time.perf_counter()
     files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
-    converter.export(opened.spec, opened.config, opened.tensors, out, files=files, dtype=dtype)
+    converter.export(
+        opened.spec,
+        opened.config,
+        opened.tensors,
+        out,
+        files=files,
+        dtype=written_dtype(opened, dtype),
+        shard_bytes=parse_size(shard_size),
+        threads=threads,
+    )
+    return _report(out, time.perf_counter() - started)
 
 
-def report(out: Path) -> str:
-    """One line about a directory that was written."""
+def written_dtype(opened: Opened, asked: str | None) -> str | None:
+    """What tensors are cast to; None to leave each as it is. Raises DataError if they differ and nothing is said.
+
+    A tensor of another type than the rest is mostly a damaged one.
+    """
+    if asked is not None:
+        return None if asked == STORED else asked
+    tensors = opened.checkpoint.tensors
+    dtypes = {name: tensors.dtype(name) for name in tensors.names() if not IGNORABLE.search(name)}
+    kinds = Counter(dtypes.values()).most_common()
+    if len(kinds) > 1:
+        usual, odd = kinds[0][0], kinds[-1][0]
+        name = next(name for name, dtype in dtypes.items() if dtype == odd)
+        raise DataError(
+            f"{tensors}: {name} is {odd}, and most tensors are {usual}; --dtype {usual} makes all alike, "
+            f"--dtype {STORED} leaves each as it is"
+        )
+    return None
+
+
+def _report(out: Path, seconds: float) -> str:
     files: Sequence[Path] = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     tensors = len(open_directory(out).tensors.names())
-    return (
-        f"{out} ({len(files)} files, {size / 2**30:.3g} GiB, {tensors} tensors) verified: names, shapes, dtypes, bytes"
-    )
+    what = f"{len(files)} files, {size / 2**30:.3g} GiB, {tensors} tensors"
+    rate = f"{format_duration(seconds)}, {size / 1e6 / seconds:.0f} MB/s"
+    return f"{out} ({what}) verified: names, shapes, dtypes, bytes; {rate}"

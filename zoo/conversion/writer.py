@@ -1,27 +1,30 @@
-"""Safetensors files written as a stream: header first, then tensor by tensor, a block at a time."""
+"""What files a checkpoint is written as: shards, headers, index, and where each block of each tensor lies."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
 
 from zoo.conversion.directory import INDEX, SINGLE
 from zoo.conversion.headers import BYTES, DTYPES
-from zoo.core.contracts import TensorSource
-from zoo.core.errors import DataError
-from zoo.core.rules import row_blocks, whole
+from zoo.core.errors import UsageError
+from zoo.core.rules import Index, row_blocks, whole
+
+SHARD_BYTES = 5_000_000_000
+"""The hub's own limit, in decimal gigabytes."""
+
+BLOCK_BYTES = 4 << 20
+"""What is read, cast, summed and written at a time by each thread."""
 
 _CODES = {name: code for code, name in DTYPES.items()}
-_BLOCK_VALUES = 1 << 22
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +40,77 @@ class Outgoing:
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
-def write_tensors(
-    directory: Path, source: TensorSource, tensors: Sequence[Outgoing], *, shard_bytes: int
-) -> Mapping[str, int]:
-    """Write all tensors into shards of at most so many bytes, and the index if there are several.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of a tensor's bytes and its first byte in the shard."""
 
-    Returns the CRC-32 of each tensor's bytes. Raises DataError where a value overflows its new dtype, OSError
-    where the disk does not take it.
-    """
-    shards = plan_shards(tensors, shard_bytes)
-    checksums: dict[str, int] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (directory / name).open("wb") as file:
-            checksums |= _write_shard(file, source, shard)
-            file.flush()
-            os.fsync(file.fileno())
-        weight_map |= {tensor.name: name for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.length for tensor in tensors)
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return checksums
+    tensor: Outgoing
+    index: Index
+    offset: int
+    length: int
 
 
-def plan_shards(tensors: Iterable[Outgoing], limit: int) -> list[list[Outgoing]]:
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file to be written. Wide types come first, so that every tensor starts at a multiple of its item
+    size."""
+
+    name: str
+    tensors: Sequence[Outgoing]
+
+    @cached_property
+    def header(self) -> bytes:
+        fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self._ordered:
+            offsets = [offset, offset + tensor.length]
+            fields[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            offset += tensor.length
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(tensor.length for tensor in self.tensors)
+
+    def blocks(self) -> Iterator[Block]:
+        """All of its tensors' bytes, in the order of the file."""
+        offset = len(self.header)
+        for tensor in self._ordered:
+            item = BYTES[tensor.dtype]
+            for index in row_blocks(whole(tensor.shape), values=BLOCK_BYTES // item):
+                length = item * math.prod(part.stop - part.start for part in index)
+                yield Block(tensor, index, offset, length)
+                offset += length
+
+    @property
+    def _ordered(self) -> list[Outgoing]:
+        return sorted(self.tensors, key=lambda tensor: -BYTES[tensor.dtype])
+
+
+def plan_shards(tensors: Iterable[Outgoing], limit: int) -> list[Shard]:
     """Fill shards in order; a tensor is never split, so one above the limit has a shard of its own."""
-    shards: list[list[Outgoing]] = [[]]
+    groups: list[list[Outgoing]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.length > limit:
-            shards.append([])
+        if groups[-1] and filled + tensor.length > limit:
+            groups.append([])
             filled = 0
-        shards[-1].append(tensor)
+        groups[-1].append(tensor)
         filled += tensor.length
-    return shards
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [Shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+    """Which tensor is in which shard, if there are several."""
+    if len(shards) > 1:
+        total = sum(tensor.length for shard in shards for tensor in shard.tensors)
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
@@ -82,44 +121,10 @@ def write_json(file: Path, content: Mapping[str, object]) -> None:
         os.fsync(stream.fileno())
 
 
-def _write_shard(file: BinaryIO, source: TensorSource, shard: Sequence[Outgoing]) -> dict[str, int]:
-    # Wide types first, so that every tensor starts at a multiple of its item size.
-    ordered = sorted(shard, key=lambda tensor: -BYTES[tensor.dtype])
-    file.write(_header(ordered))
-    checksums = {}
-    for tensor in ordered:
-        checksum = 0
-        for block in row_blocks(whole(tensor.shape), values=_BLOCK_VALUES):
-            data = raw_bytes(_cast(source.read(tensor.name, block), tensor))
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-        checksums[tensor.name] = checksum
-    return checksums
-
-
-def _header(tensors: Sequence[Outgoing]) -> bytes:
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        offsets = [offset, offset + tensor.length]
-        fields[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        offset += tensor.length
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in C order."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _cast(values: Tensor, tensor: Outgoing) -> Tensor:
-    cast = values.to(getattr(torch, tensor.dtype))
-    if cast.dtype != values.dtype and bool((cast.isinf() & values.isfinite()).any()):
-        largest = values[values.isfinite()].abs().max().item()
-        raise DataError(
-            f"{tensor.name} has a value of {largest:g}, which {tensor.dtype} cannot hold; export with --dtype bfloat16 "
-            f"or float32"
-        )
-    return cast
+def parse_size(text: str) -> int:
+    """`5GB` is 5,000,000,000 bytes, as the hub counts. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _FACTOR[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UsageError(f"--shard-size {text}: not a size; write one like 5GB or 500MB")
+    return size

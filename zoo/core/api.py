@@ -45,7 +45,8 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
         model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
     weights.allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
-    weights.load_into(model, opened.tensors, () if opened.own_names else spec.rules(config))
+    rules = () if opened.own_names else weights.rules_for(spec, config, opened.tensors)
+    weights.load_into(model, opened.tensors, rules)
     return model.eval()
 
 

@@ -87,7 +87,7 @@ IGNORE = -100
 # Models -------------------------------------------------------------------------------------------
 
 TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
-SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul"]
+SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "row_sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +119,27 @@ class ModelConfig(Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
+class Losses(NamedTuple):
+    """What a model returns with labels if it has more to say than the sum of its token losses.
+
+    Everything is this rank's part of one row, and parts add up: over ranks that share a row, over rows, over
+    microbatches. The loss of a step is tokens / (trained tokens of the global batch) + rows / (its rows).
+    """
+
+    tokens: Tensor
+    """Sum of the token losses, 0-dim."""
+    rows: Tensor | float = 0.0
+    """What counts once a row, as an auxiliary loss times its coefficient, 0-dim."""
+    report: Mapping[str, Tensor] = {}
+    """Metrics by name, no gradient, 0-dim or vectors: their mean over the rows of a step is logged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model family: single-device torch code plus what the engine must know about it.
 
     The built module takes `(tokens [B, T], positions [B, T] = None, mask = None, labels [B, T] = None)`.
-    Without labels it returns logits `[B, T, V]`; with labels, the *sum* of the token losses, 0-dim.
+    Without labels it returns logits `[B, T, V]`; with labels, the *sum* of the token losses, 0-dim, or `Losses`.
     `mask` is passed untouched to the attention seam.
     """
 
@@ -144,6 +159,9 @@ class ModelSpec:
     windows: Callable[[Any], Sequence[int | None]] = lambda config: [None] * config.num_hidden_layers
     """The sliding window of each attention layer in tokens, the token itself included; None where there is none."""
     rules: Callable[[Any], tuple[Rule, ...]] = lambda _config: ()
+    """From the module's names to the one form on disk that is written."""
+    forms: Callable[[Any], tuple[tuple[Rule, ...], ...]] = lambda _config: ()
+    """Rules of other forms that exist on disk and are read. The names in a checkpoint tell which one it has."""
     override: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, over: {**fields, **over}
     """`hub_config`'s fields with some set anew, kept consistent where one fact has several fields (RoPE)."""
     init_buffers: Callable[[nn.Module, Any], None] = lambda _model, _config: None
@@ -341,6 +359,8 @@ class LayoutRequest:
     """Mesh axis to degree."""
     seq: int
     """Global length of a row in tokens."""
+    micro_batch: int = 1
+    """Rows that a rank's forward sees at once, laid end to end."""
     model: str
     config: ModelConfig
     problem: AttentionProblem

@@ -28,7 +28,13 @@ class TensorSource(Protocol):
         """torch's name of the stored dtype: `bfloat16`."""
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """A piece of one tensor, in its stored dtype. Slices have step 1 and lie inside the shape."""
+        """A piece of one tensor, in its stored dtype. Slices have step 1 and lie inside the shape.
+
+        Several threads may read at once.
+        """
+
+    def fingerprint(self) -> str:
+        """Of the files it reads; empty where there are none. An interrupted conversion goes on from the same only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,8 @@ class Converter(Protocol):
         *,
         files: Mapping[str, Path],
         dtype: str | None,
+        shard_bytes: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Write a directory of that form from tensors under the family's own names; re-open and verify it.
 

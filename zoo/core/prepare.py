@@ -115,6 +115,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     request = LayoutRequest(
         degrees=degrees.mapping(),
         seq=job.data.seq,
+        micro_batch=job.data.micro_batch,
         model=origin.entry.name,
         config=config,
         problem=_problem(config, dtype),

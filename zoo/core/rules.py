@@ -7,6 +7,8 @@ both sides.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,17 +29,45 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A hub tensor and the box of ours that it fills."""
+    """A box of ours and the hub tensor, or the box of one, that fills it."""
 
     hub: str
     start: Shape
     shape: Shape
     stacked: bool = False
     """Dim 0 of the box has length 1 and the hub has no such dim."""
+    within: tuple[Shape, Shape] | None = None
+    """Where the box starts in the hub tensor, and that tensor's shape; None if it is all of it."""
+
+    @property
+    def extent(self) -> Shape:
+        """The box's shape as the hub sees it."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def hub_start(self) -> Shape:
+        return (0,) * len(self.extent) if self.within is None else self.within[0]
 
     @property
     def hub_shape(self) -> Shape:
-        return self.shape[1:] if self.stacked else self.shape
+        """Of the whole hub tensor."""
+        return self.extent if self.within is None else self.within[1]
+
+    def of_ours(self, index: Index) -> tuple[Index, Index] | None:
+        """Where an index of ours meets the box: seen from that index, and in the hub tensor; None if nowhere."""
+        common = _common(self.start, self.shape, index)
+        if common is None:
+            return None
+        here, there = common
+        return here, _moved(there[1:] if self.stacked else there, self.hub_start)
+
+    def of_hub(self, index: Index) -> tuple[Index, Index] | None:
+        """Where an index of the hub tensor meets the box: seen from that index, and in ours; None if nowhere."""
+        common = _common(self.hub_start, self.extent, index)
+        if common is None:
+            return None
+        here, there = common
+        return here, _moved((slice(0, 1), *there) if self.stacked else there, self.start)
 
 
 class Rule(Protocol):
@@ -101,13 +131,40 @@ class Concat:
         return tuple(found)
 
 
-class RuleBook:
-    """Rules applied to the shapes of one model's parameters: every hub name is used exactly once.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A piece of a larger hub tensor: rows `start` and on along `dim`, of `total` there.
 
-    Raises ValueError if two rules claim a name, a rule matches nothing, or a hub name is used twice.
+    `gate_up_proj [E, 2I, D]` holds `w1` at 0 and `w3` at I along dim 1. Other rules must fill the rest.
+    """
+
+    ours: str
+    hub: str
+    dim: int
+    start: int
+    total: int
+
+    def pieces(self, atoms: Mapping[str, str], shape: Shape) -> tuple[Piece, ...]:
+        if self.start + shape[self.dim] > self.total:
+            raise DataError(
+                f"{self.ours.format(**atoms)} has {shape[self.dim]} rows, which do not fit into {self.total} at "
+                f"{self.start}"
+            )
+        start, full = [0] * len(shape), list(shape)
+        start[self.dim], full[self.dim] = self.start, self.total
+        within = tuple(start), tuple(full)
+        return (Piece(self.hub.format(**atoms), (0,) * len(shape), shape, within=within),)
+
+
+class RuleBook:
+    """Rules applied to the shapes of one model's parameters: every hub tensor is used exactly once.
+
+    Raises ValueError if two rules claim a name, a rule matches nothing, or a part of a hub tensor is used twice or
+    not at all.
     """
 
     def __init__(self, rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> None:
+        self.rules = rules
         self.shapes = dict(shapes)
         self.pieces: dict[str, tuple[Piece, ...]] = {
             name: _pieces(rules, name, shape) for name, shape in shapes.items()
@@ -117,19 +174,19 @@ class RuleBook:
             raise ValueError(f"rule {idle[0]} matches no parameter")
 
     @cached_property
-    def hub(self) -> dict[str, tuple[str, Piece]]:
-        """Hub name to our name and the place in it."""
-        found: dict[str, tuple[str, Piece]] = {}
+    def hub(self) -> dict[str, tuple[tuple[str, Piece], ...]]:
+        """Hub name to our names and the places in them, which together hold all of it."""
+        found: dict[str, list[tuple[str, Piece]]] = {}
         for name, pieces in self.pieces.items():
             for piece in pieces:
-                if piece.hub in found:
-                    raise ValueError(f"rules take {piece.hub} twice: for {found[piece.hub][0]} and {name}")
-                found[piece.hub] = name, piece
-        return found
+                found.setdefault(piece.hub, []).append((name, piece))
+        for hub, places in found.items():
+            check_cover(hub, places)
+        return {hub: tuple(places) for hub, places in found.items()}
 
     @cached_property
     def hub_shapes(self) -> dict[str, Shape]:
-        return {name: piece.hub_shape for name, (_, piece) in self.hub.items()}
+        return {name: places[0][1].hub_shape for name, places in self.hub.items()}
 
     def to_ours(self, source: TensorSource) -> TensorSource:
         """A source in hub names, seen in our names."""
@@ -154,20 +211,21 @@ class _Ours:
     def shape(self, name: str) -> Shape:
         return self.book.shapes[name]
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def dtype(self, name: str) -> str:
-        return self.source.dtype(self.book.pieces[name][0].hub)
+        return _common_dtype({self.source.dtype(piece.hub) for piece in self.book.pieces[name]})
 
     def read(self, name: str, index: Index) -> Tensor:
         pieces = self.book.pieces[name]
         if len(pieces) == 1 and not pieces[0].stacked:
-            return self.source.read(pieces[0].hub, index)
-        out = torch.empty([part.stop - part.start for part in index], dtype=getattr(torch, self.dtype(name)))
+            return self.source.read(pieces[0].hub, _moved(index, pieces[0].hub_start))
+        out = torch.empty(_extent(index), dtype=getattr(torch, self.dtype(name)))
         for piece in pieces:
-            common = _common(piece, index)
-            if common is not None:
-                there, here = common
-                part = self.source.read(piece.hub, there[1:] if piece.stacked else there)
-                out[here] = part[None] if piece.stacked else part
+            if common := piece.of_ours(index):
+                here, there = common
+                out[here] = self.source.read(piece.hub, there).view(out[here].shape)
         return out
 
 
@@ -185,15 +243,28 @@ class _Hub:
     def shape(self, name: str) -> Shape:
         return self.book.hub_shapes[name]
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def dtype(self, name: str) -> str:
-        return self.source.dtype(self.book.hub[name][0])
+        return _common_dtype({self.source.dtype(ours) for ours, _ in self.book.hub[name]})
 
     def read(self, name: str, index: Index) -> Tensor:
-        ours, piece = self.book.hub[name]
-        boxed = (slice(0, 1), *index) if piece.stacked else index
-        moved = tuple(slice(s + part.start, s + part.stop) for s, part in zip(piece.start, boxed, strict=True))
-        tensor = self.source.read(ours, moved)
-        return tensor[0] if piece.stacked else tensor
+        places = self.book.hub[name]
+        if len(places) == 1 and (common := places[0][1].of_hub(index)):
+            return self.source.read(places[0][0], common[1]).reshape(_extent(index))
+        out = torch.empty(_extent(index), dtype=getattr(torch, self.dtype(name)))
+        for ours, piece in places:
+            if common := piece.of_hub(index):
+                here, there = common
+                out[here] = self.source.read(ours, there).view(out[here].shape)
+        return out
+
+
+def _common_dtype(names: Collection[str]) -> str:
+    """The narrowest that holds all values of all of them."""
+    dtypes = (getattr(torch, name) for name in names)
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
 def whole(shape: Shape) -> Index:
@@ -202,21 +273,22 @@ def whole(shape: Shape) -> Index:
 
 
 def row_blocks(index: Index, *, values: int) -> Iterator[Index]:
-    """Cut an index along dim 0 into pieces of at most about so many values, at least one row each."""
+    """Cut an index into pieces of at most so many values, each contiguous in C order, in that order."""
     if not index:
         yield index
         return
-    row = max(1, _size(index[1:]))
-    step = max(1, values // row)
+    row = math.prod(_extent(index[1:]))
+    step = max(1, values // max(1, row))
     for start in range(index[0].start, index[0].stop, step):
-        yield (slice(start, min(start + step, index[0].stop)), *index[1:])
+        rows = slice(start, min(start + step, index[0].stop))
+        if row > values:
+            yield from ((rows, *rest) for rest in row_blocks(index[1:], values=values))
+        else:
+            yield (rows, *index[1:])
 
 
-def _size(index: Index) -> int:
-    size = 1
-    for part in index:
-        size *= part.stop - part.start
-    return size
+def _extent(index: Index) -> Shape:
+    return tuple(part.stop - part.start for part in index)
 
 
 def _pieces(rules: Sequence[Rule], name: str, shape: Shape) -> tuple[Piece, ...]:
@@ -237,13 +309,32 @@ def _match(pattern: str, name: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
-def _common(piece: Piece, index: Index) -> tuple[Index, Index] | None:
-    """Where a piece and an index of ours meet: seen from the piece, and from the index; None if nowhere."""
-    there, here = [], []
-    for start, size, part in zip(piece.start, piece.shape, index, strict=True):
-        low, high = max(start, part.start), min(start + size, part.stop)
+def check_cover(hub: str, places: Sequence[tuple[str, Piece]]) -> None:
+    """Boxes of a hub tensor are apart from each other and fill it. Raises ValueError."""
+    boxes = [(piece.hub_start, piece.extent) for _, piece in places]
+    shape = places[0][1].hub_shape
+    for i, (name, piece) in enumerate(places[1:], 1):
+        box = tuple(slice(start, start + size) for start, size in zip(*boxes[i], strict=True))
+        for k, (other, earlier) in enumerate(places[:i]):
+            if None in (piece.within, earlier.within) or _common(*boxes[k], box) is not None:
+                raise ValueError(f"rules take {hub} twice: for {other} and {name}")
+        if piece.hub_shape != shape:
+            raise ValueError(f"rules disagree about the shape of {hub}: {shape} and {piece.hub_shape}")
+    if sum(math.prod(size) for _, size in boxes) != math.prod(shape):
+        raise ValueError(f"rules leave a part of {hub} unused")
+
+
+def _moved(index: Index, by: Shape) -> Index:
+    return tuple(slice(part.start + offset, part.stop + offset) for part, offset in zip(index, by, strict=True))
+
+
+def _common(box: Shape, size: Shape, index: Index) -> tuple[Index, Index] | None:
+    """Where a box (start and size) and an index meet: seen from the index, and from the box; None if nowhere."""
+    here, there = [], []
+    for start, length, part in zip(box, size, index, strict=True):
+        low, high = max(start, part.start), min(start + length, part.stop)
         if low >= high:
             return None
-        there.append(slice(low - start, high - start))
         here.append(slice(low - part.start, high - part.start))
-    return tuple(there), tuple(here)
+        there.append(slice(low - start, high - start))
+    return tuple(here), tuple(there)

@@ -203,8 +203,9 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
-        rules = () if prepared.source.own_names else spec.rules(config)
-        weights.load_into(model, prepared.source.tensors, rules)
+        source = prepared.source.tensors
+        rules = () if prepared.source.own_names else weights.rules_for(spec, config, source)
+        weights.load_into(model, source, rules)
     else:
         torch.manual_seed(job.data.seed)
         weights.load_into(model, weights.ModuleSource(spec.build(config)), ())

@@ -19,7 +19,7 @@ from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and no model reads."""
 
-BLOCK_VALUES = 1 << 24
+BLOCK_VALUES = 1 << 22
 """Values that are read at a time, so that a load needs little more than the model itself."""
 
 
@@ -40,6 +40,9 @@ class ModuleSource:
 
     def dtype(self, name: str) -> str:
         return str(self.model.get_parameter(name).dtype).removeprefix("torch.")
+
+    def fingerprint(self) -> str:
+        return ""
 
     def read(self, name: str, index: Index) -> Tensor:
         return self.model.get_parameter(name).detach()[index]
@@ -72,9 +75,22 @@ def expected_tensors(spec: ModelSpec, config: Any) -> dict[str, Shape]:
     return rule_book(spec, config).hub_shapes
 
 
-def rule_book(spec: ModelSpec, config: Any) -> RuleBook:
-    """The family's rules over the shapes of this config; nothing is allocated."""
-    return RuleBook(spec.rules(config), {n: tuple(p.shape) for n, p in meta_model(spec, config).named_parameters()})
+def rule_book(spec: ModelSpec, config: Any, source: TensorSource | None = None) -> RuleBook:
+    """The family's rules over the shapes of this config; nothing is allocated.
+
+    With a source in hub names, those of the form whose names fit it best; without, the one that is written.
+    """
+    shapes = {name: tuple(p.shape) for name, p in meta_model(spec, config).named_parameters()}
+    books = [RuleBook(rules, shapes) for rules in (spec.rules(config), *(spec.forms(config) if source else ()))]
+    if source is None or len(books) == 1:
+        return books[0]
+    names = set(source.names())
+    return min(books, key=lambda book: len(names ^ book.hub_shapes.keys()))
+
+
+def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule, ...]:
+    """The rules of the form that a source in hub names has."""
+    return tuple(rule_book(spec, config, source).rules) if spec.forms(config) else spec.rules(config)
 
 
 def meta_model(spec: ModelSpec, config: Any) -> nn.Module:
@@ -122,7 +138,7 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
 
 def check_tied(source: TensorSource, spec: ModelSpec, config: Any) -> list[str]:
     """Names in a hub source that repeat a tied tensor, after comparing them with it whole. Raises DataError."""
-    model, book = meta_model(spec, config), rule_book(spec, config)
+    model, book = meta_model(spec, config), rule_book(spec, config, source)
     aliases = {alias: book.pieces[name][0].hub for alias, name in tied_names(model).items() if alias in source.names()}
     for alias, hub in aliases.items():
         if hub in source.names():  # else `check_tensors` says so

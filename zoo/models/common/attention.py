@@ -1,6 +1,6 @@
 """Grouped-query attention with the hub's projections around a replaceable core.
 
-B rows, T tokens, D model width, N query heads, G key/value heads, H head size.
+B rows, T tokens, D model width, N query heads, G key/value heads, H head size, R rotated size.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.core = AttentionCore(window)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        """h `[B, T, D]`, cos and sin `[B, T, H/2]` to `[B, T, D]`."""
+        """h `[B, T, D]`, cos and sin `[B, T, R/2]` to `[B, T, D]`."""
         q = rotate(self._heads(self.q_proj(h)), cos, sin)
         k = rotate(self._heads(self.k_proj(h)), cos, sin)
         out = self.core(q, k, self._heads(self.v_proj(h)), mask)

@@ -1,6 +1,6 @@
 """The pre-norm decoder that the families share: embedding, blocks, final norm, head, in the hub's names.
 
-B rows, T tokens, D model width, H head size, V vocabulary.
+B rows, T tokens, D model width, R rotated size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.run_mlp = RunMLP()
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        """h `[B, T, D]`, cos and sin `[B, T, H/2]` to `[B, T, D]`."""
+        """h `[B, T, D]`, cos and sin `[B, T, R/2]` to `[B, T, D]`."""
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask)
         out: Tensor = h + self.run_mlp(self.mlp, self.post_attention_layernorm(h))
         return out
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         *,
         embed_tokens: nn.Embedding,
         num_layers: int,
-        layer: Callable[[int], DecoderLayer],
+        layer: Callable[[int], nn.Module],
         norm: nn.Module,
         rotary_emb: RotaryEmbedding,
     ) -> None:
@@ -101,7 +101,7 @@ class CausalLM(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, *, std: float) -> None:
-    """Fill every parameter: linear and embedding weights normal(0, std), biases 0; norms start at 1 already.
+    """Fill every parameter: linear and embedding weights normal(0, std), biases 0; norms stay as built.
 
     Module order fixes the draw, so a seed fixes the weights. Does nothing on meta.
     """
@@ -110,3 +110,10 @@ def init_weights(model: nn.Module, *, std: float) -> None:
             module.weight.normal_(0.0, std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+
+
+def init_buffers(model: nn.Module, _config: object) -> None:
+    """Fill the RoPE frequencies of a model that was built on meta and moved by `to_empty`."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.reset_buffers()

@@ -21,6 +21,20 @@ class SwiGLU(nn.Module):
         return out
 
 
+class SquaredReLU(nn.Module):
+    """down(relu(up(h)) ** 2), So et al., 2109.08668; no gate."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`; each row alone, so any cut of the rows gives the same result."""
+        out: Tensor = self.down_proj(functional.relu(self.up_proj(h)).square())
+        return out
+
+
 class RunMLP(nn.Module):
     """The seam through which a block runs its feed-forward part. Has no parameters, holds no module."""
 

@@ -1,6 +1,6 @@
 """Rotary position embedding: the hub's inverse frequencies and its half-split rotation (Su et al., 2104.09864).
 
-B rows, T tokens, N heads, H head size.
+B rows, T tokens, N heads, H head size, R rotated size: the first R numbers of a head turn, the rest pass.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, parameters: RopeParameters, *, head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
         self.rope = parameters
-        self.head_dim = head_dim
+        self.rotated = parameters.rotated(head_dim)
         self.max_position_embeddings = max_position_embeddings
         self.attention_factor = attention_factor(parameters)
-        self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(self.rotated // 2, dtype=torch.float32), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Recompute the frequencies on the device where the buffer is; on meta there is nothing to compute."""
         if not self.inv_freq.is_meta:
-            exact = inverse_frequencies(self.rope, self.head_dim, self.max_position_embeddings)
+            exact = inverse_frequencies(self.rope, self.rotated, self.max_position_embeddings)
             self.inv_freq = exact.to(self.inv_freq.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
@@ -48,7 +48,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions `[B, T]` to cos and sin `[B, T, H/2]`, computed in fp32 or better and cast to `dtype`."""
+        """positions `[B, T]` to cos and sin `[B, T, R/2]`, computed in fp32 or better and cast to `dtype`."""
         exact = torch.promote_types(dtype, torch.float32)
         angles = positions[..., None].to(exact) * self._frequencies(positions).to(exact)
         cos, sin = angles.cos(), angles.sin()
@@ -60,12 +60,12 @@ class RotaryEmbedding(nn.Module):
         if self.rope.rope_type != "dynamic":
             return self.inv_freq
         length = positions.max() + 1
-        grown = _dynamic(self.rope, self.head_dim, self.max_position_embeddings, length)
+        grown = _dynamic(self.rope, self.rotated, self.max_position_embeddings, length)
         return torch.where(length > self.max_position_embeddings, grown, self.inv_freq)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation of pairs (d, d + H/2). Backward is the rotation by minus the angle, so nothing of x is kept."""
+    """Rotation of pairs (d, d + R/2). Backward is the rotation by minus the angle, so nothing of x is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,14 +81,16 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
+    half = cos.shape[-1]
+    (x1, x2, rest), (out1, out2, passed) = (t.tensor_split((half, 2 * half), -1) for t in (x, out))
     torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+    passed.copy_(rest)
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[B, N, T, H]` by cos and sin `[B, T, H/2]`."""
+    """x `[B, N, T, H]` by cos and sin `[B, T, R/2]`."""
     rotated: Tensor = _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call]
     return rotated
 
@@ -96,13 +98,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Frequencies: the order of operations is transformers', so that the bits are too ------------------------
 
 
-def inverse_frequencies(rope: RopeParameters, head_dim: int, max_position_embeddings: int) -> Tensor:
-    """fp32 `[H/2]` on the CPU, bit for bit what transformers 5 computes when a model is built."""
+def inverse_frequencies(rope: RopeParameters, rotated: int, max_position_embeddings: int) -> Tensor:
+    """fp32 `[R/2]` on the CPU, bit for bit what transformers 5 computes when a model is built."""
     if rope.rope_type == "dynamic":
-        return _dynamic(rope, head_dim, max_position_embeddings, max_position_embeddings)
+        return _dynamic(rope, rotated, max_position_embeddings, max_position_embeddings)
     if rope.rope_type == "yarn":
-        return _yarn(rope, head_dim)
-    inv_freq = 1.0 / rope.rope_theta ** _exponents(head_dim)
+        return _yarn(rope, rotated)
+    inv_freq = 1.0 / rope.rope_theta ** _exponents(rotated)
     if rope.rope_type == "linear":
         return inv_freq / _set(rope.factor)
     return _llama3(rope, inv_freq) if rope.rope_type == "llama3" else inv_freq
@@ -124,16 +126,16 @@ def _magnitude(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _exponents(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    return torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+def _exponents(rotated: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
 
 
-def _dynamic(rope: RopeParameters, head_dim: int, max_length: int, length: int | Tensor) -> Tensor:
+def _dynamic(rope: RopeParameters, rotated: int, max_length: int, length: int | Tensor) -> Tensor:
     """NTK-aware scaling: the base grows with the length, so that the slowest pair just spans it."""
     factor = _set(rope.factor)
-    growth = (factor * length / max_length - (factor - 1)) ** (head_dim / (head_dim - 2))
+    growth = (factor * length / max_length - (factor - 1)) ** (rotated / (rotated - 2))
     device = length.device if isinstance(length, Tensor) else "cpu"
-    return torch.as_tensor(1.0 / (rope.rope_theta * growth) ** _exponents(head_dim, device))
+    return torch.as_tensor(1.0 / (rope.rope_theta * growth) ** _exponents(rotated, device))
 
 
 def _llama3(rope: RopeParameters, inv_freq: Tensor) -> Tensor:
@@ -147,26 +149,26 @@ def _llama3(rope: RopeParameters, inv_freq: Tensor) -> Tensor:
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
 
 
-def _yarn(rope: RopeParameters, head_dim: int) -> Tensor:
+def _yarn(rope: RopeParameters, rotated: int) -> Tensor:
     """Peng et al., 2309.00071, section 3.2: interpolate slow pairs, keep fast ones, ramp between."""
-    periods = rope.rope_theta ** _exponents(head_dim)
+    periods = rope.rope_theta ** _exponents(rotated)
     kept, divided = 1.0 / periods, 1.0 / (_set(rope.factor) * periods)
-    low, high = _ramp_bounds(rope, head_dim)
-    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
+    low, high = _ramp_bounds(rope, rotated)
+    ramp = torch.clamp((torch.arange(rotated // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
     keep = 1 - ramp
     return divided * (1 - keep) + kept * keep
 
 
-def _ramp_bounds(rope: RopeParameters, head_dim: int) -> tuple[float, float]:
+def _ramp_bounds(rope: RopeParameters, rotated: int) -> tuple[float, float]:
     length = _set(rope.original_max_position_embeddings)
 
     def pair(rotations: float) -> float:
-        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return rotated * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair(rope.beta_fast or 32), pair(rope.beta_slow or 1)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotated - 1)
     return low, high + 0.001 if low == high else high
 
 

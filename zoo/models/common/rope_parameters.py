@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.errors import DataError
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
+_SAID_ABOVE = ("rope_theta", "partial_rotary_factor")
+"""Written both inside `rope_parameters` and beside it."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _WITH_ORIGINAL = ("llama3", "yarn")
 _MAX_LENGTH = 1 << 32
@@ -34,6 +36,12 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    partial_rotary_factor: float | None = None
+    """Share of each head that is rotated, its first numbers; None for families that always rotate all."""
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's numbers are rotated."""
+        return head_dim if self.partial_rotary_factor is None else int(head_dim * self.partial_rotary_factor)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are set, `rope_theta` included: transformers 5's `rope_parameters`."""
@@ -41,27 +49,42 @@ class RopeParameters:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def parse_rope(config: Mapping[str, Any], *, default_theta: float, max_position_embeddings: int) -> RopeParameters:
+def parse_rope(
+    config: Mapping[str, Any],
+    *,
+    default_theta: float,
+    max_position_embeddings: int,
+    default_partial: float | None = None,
+) -> RopeParameters:
     """From config.json's fields, with transformers 5's precedence. Raises DataError.
 
-    A non-empty `rope_scaling` wins over `rope_parameters`; theta is the object's own, else the top-level
-    `rope_theta`, else the family's default. A top-level `original_max_position_embeddings` wins over the
-    object's, as it does when transformers 5.23 builds a model; without either it is `max_position_embeddings`.
+    A non-empty `rope_scaling` wins over `rope_parameters`; theta and `partial_rotary_factor` are the object's own,
+    else the top-level ones, else the family's default (None: this family always rotates whole heads). A top-level
+    `original_max_position_embeddings` wins over the object's, as it does when transformers 5.23 builds a model;
+    without either it is `max_position_embeddings`.
     """
     top = Fields(config)
     name = "rope_scaling" if top.mapping("rope_scaling") else "rope_parameters"
     rope = Fields(top.mapping(name), where=f"config.json: {name}")
     theta = rope.number("rope_theta", top.number("rope_theta", default_theta, low=1.0), low=1.0)
     kind = _kind(rope)
-    for fields in (top, rope):
-        fields.fixed("partial_rotary_factor", 1.0)
+    partial = _partial(top, rope, default_partial)
     if kind == "default":
-        return RopeParameters(rope_theta=theta)
+        return RopeParameters(rope_theta=theta, partial_rotary_factor=partial)
     original = None
     if kind in _WITH_ORIGINAL:
         source = top if top.has("original_max_position_embeddings") else rope
         original = source.integer("original_max_position_embeddings", max_position_embeddings, high=_MAX_LENGTH)
-    return _scaled(rope, kind, theta=theta, original=original, length=max_position_embeddings)
+    scaled = _scaled(rope, kind, theta=theta, original=original, length=max_position_embeddings)
+    return replace(scaled, partial_rotary_factor=partial)
+
+
+def _partial(top: Fields, rope: Fields, default: float | None) -> float | None:
+    if default is None:
+        for fields in (top, rope):
+            fields.fixed("partial_rotary_factor", 1.0)
+        return None
+    return rope.number("partial_rotary_factor", top.number("partial_rotary_factor", default, high=1.0), high=1.0)
 
 
 def _kind(rope: Fields) -> str:
@@ -127,17 +150,21 @@ def _optional(rope: Fields, name: str) -> float | None:
 
 
 def hub_rope(rope: RopeParameters, *, max_position_embeddings: int) -> dict[str, Any]:
-    """The three fields that make transformers 4 and 5 build the same model.
+    """The fields that make transformers 4 and 5 build the same model.
 
     transformers 4 reads `rope_theta` and `rope_scaling` only, and 5 drops theta if `rope_scaling` comes
     without a top-level `rope_theta`, so all three are always written. Some releases of 4 (4.53) derive yarn's
     factor from `original_max_position_embeddings` where that is given, so it is left out where it says nothing.
+    A partial factor stands at the top for 4 and in `rope_parameters` for 5. transformers 4 knows no scaling in the
+    families that have one: a variant beyond `default` is read by 5 alone.
     """
     parameters = rope.as_dict()
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    scaling = {name: value for name, value in parameters.items() if name not in _SAID_ABOVE}
+    partial = rope.partial_rotary_factor
     if rope.rope_type == "yarn" and rope.original_max_position_embeddings == max_position_embeddings:
         scaling.pop("original_max_position_embeddings")
     return {
+        **({} if partial is None else {"partial_rotary_factor": partial}),
         "rope_theta": rope.rope_theta,
         "rope_scaling": None if rope.rope_type == "default" else scaling,
         "rope_parameters": parameters,
@@ -147,18 +174,16 @@ def hub_rope(rope: RopeParameters, *, max_position_embeddings: int) -> dict[str,
 def override_rope(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`hub_rope`'s fields with those in `over` set anew: one fact in three places, so the word given last wins in all.
 
-    A new `rope_parameters` or `rope_scaling` replaces the variant and keeps theta unless it brings its own; a new
-    `rope_theta` alone keeps the variant.
+    A new `rope_parameters` or `rope_scaling` replaces the variant and keeps theta and the partial factor unless it
+    brings its own; a new `rope_theta` or `partial_rotary_factor` alone keeps the variant.
     """
-    given = {name: over[name] for name in _ROPE_FIELDS if name in over}
+    given = {name: over[name] for name in (*_ROPE_FIELDS, "partial_rotary_factor") if name in over}
     kept = {name: value for name, value in fields.items() if name not in _ROPE_FIELDS}
-    if not given:
-        # Not `rope_scaling`: it may leave out the original length, which must not follow a new one.
-        return kept | {"rope_parameters": fields["rope_parameters"]}
     if "rope_parameters" in given or "rope_scaling" in given:
         return kept | {"rope_theta": fields["rope_theta"]} | given
-    variant = {name: value for name, value in fields["rope_parameters"].items() if name != "rope_theta"}
-    return kept | {"rope_scaling": variant} | given
+    # Not `rope_scaling` as it stands: it may leave out the original length, which must not follow a new one.
+    variant = {name: value for name, value in fields["rope_parameters"].items() if name not in _SAID_ABOVE}
+    return kept | {"rope_theta": fields["rope_theta"], "rope_scaling": variant} | given
 
 
 def rope_for_length(rope: RopeParameters, *, native: int, length: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_weights
+from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_buffers, init_weights
 from zoo.models.common.mlp import SwiGLU
 from zoo.models.common.norms import RMSNorm
 from zoo.models.common.rope import RotaryEmbedding
@@ -49,13 +49,6 @@ def _layer(config: LlamaConfig, index: int) -> DecoderLayer:
         input_layernorm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
         post_attention_layernorm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
     )
-
-
-def init_buffers(model: nn.Module, _config: LlamaConfig) -> None:
-    """Fill the RoPE frequencies of a model that was built on meta and moved by `to_empty`."""
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.reset_buffers()
 
 
 SPEC = ModelSpec(

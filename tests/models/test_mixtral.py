@@ -1,0 +1,147 @@
+"""Mixtral: who chooses which expert, the loss that balances them, its windows, and its forms on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from tests.models.reference import FAMILIES, draw_fields, gradients, pair
+from tests.models.test_parity import assert_logits_agree
+from zoo.core.contracts import IGNORE
+from zoo.core.weights import ModuleSource, load_into, rule_book, rules_for
+from zoo.models.common.moe import route
+from zoo.models.mixtral.model import SPEC
+
+
+def spied(model, name):
+    """What each router of a model returns, call by call."""
+    found = []
+    for path, module in model.named_modules():
+        if path.endswith(name):
+            module.register_forward_hook(lambda _module, _args, out: found.append(out))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(20))
+def test_choices_and_weights_of_a_router_are_transformers_bit_for_bit(seed, dtype):
+    fields = draw_fields(seed, "mixtral")
+    theirs, ours = pair(fields, seed)
+    tokens = torch.randn(2, 100, fields["hidden_size"]).to(dtype)
+    for (_, block), layer in zip(ours.model.layers.items(), theirs.model.layers, strict=True):
+        router, gate = layer.mlp.gate.to(dtype), block.block_sparse_moe.gate.to(dtype)
+        logits, weights, ids = router(tokens)
+        routing, stats = route(gate(tokens.flatten(0, 1)), fields["num_experts_per_tok"])
+        assert torch.equal(routing.ids, ids)
+        assert torch.equal(routing.weights, weights)
+        assert torch.equal(routing.counts, ids.flatten().bincount(minlength=fields["num_local_experts"]))
+        assert torch.equal(stats.assignments, routing.counts)
+        torch.testing.assert_close(stats.probabilities, logits.float().softmax(-1).sum(0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_of_a_whole_model_chooses_as_in_transformers(seed):
+    fields = draw_fields(seed, "mixtral")
+    theirs, ours = pair(fields, seed)
+    expected, found = spied(theirs, "mlp.gate"), spied(ours, "block_sparse_moe.gate")
+    tokens = torch.randint(0, fields["vocab_size"], (2, 100))
+    with torch.no_grad():
+        theirs(tokens), ours(tokens)
+    for logits, (_, weights, ids) in zip(found, expected, strict=True):
+        routing, _ = route(logits, fields["num_experts_per_tok"])
+        assert torch.equal(routing.ids, ids)
+        torch.testing.assert_close(routing.weights, weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_balancing_loss_and_its_gradient_are_transformers(seed):
+    """A batch of one row: transformers takes the tokens of all rows for one set, zoo each row apart."""
+    fields = draw_fields(seed, "mixtral") | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    theirs, ours = pair(fields, seed)
+    tokens = torch.randint(0, fields["vocab_size"], (1, 100))
+    labels = torch.cat([tokens[:, 1:], torch.full((1, 1), IGNORE)], 1)
+    out = theirs(tokens)
+    losses = ours(tokens, labels=labels)
+    assert abs(losses.report["aux_loss"] - out.aux_loss).item() <= 1e-6
+    assert abs(losses.rows - 0.5 * out.aux_loss).item() <= 1e-6
+    expected = functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    # Of little weight among a hundred token losses, it is summed with few of them.
+    (losses.tokens / 100 + losses.rows).backward()
+    (expected / 100 + 0.5 * out.aux_loss).backward()
+    reference = FAMILIES["mixtral"].in_our_names(gradients(theirs))
+    for name, gradient in gradients(ours).items():
+        assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    ("more", "coefficient"),
+    [({}, None), ({"output_router_logits": True}, 0.001), ({"router_aux_loss_coef": 0.5}, None)]
+    + [({"output_router_logits": True, "router_aux_loss_coef": 0.0}, None)],
+    ids=str,
+)
+def test_the_balancing_loss_is_off_unless_the_config_asks_for_it(more, coefficient):
+    config = SPEC.parse(draw_fields(0, "mixtral") | more)
+    assert config.balance_coefficient == coefficient
+    tokens = torch.randint(0, 97, (1, 30))
+    losses = SPEC.build(config)(tokens, labels=tokens)
+    assert ("aux_loss" in losses.report) == (coefficient is not None)
+    assert (torch.as_tensor(losses.rows).item() > 0) == (coefficient is not None)
+    assert losses.report["expert_load"].sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 29, 30, 31, None])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_logits_are_transformers_at_every_window_and_with_a_single_choice(window, choices):
+    fields = draw_fields(3, "mixtral") | {"sliding_window": window, "num_experts_per_tok": choices}
+    theirs, ours = pair(fields)
+    tokens = torch.randint(0, fields["vocab_size"], (2, 30))
+    with torch.no_grad():
+        assert_logits_agree(ours(tokens), theirs(tokens).logits)
+
+
+def test_one_expert_is_a_dense_model():
+    fields = draw_fields(1, "mixtral") | {"num_local_experts": 1, "num_experts_per_tok": 1}
+    theirs, ours = pair(fields)
+    tokens = torch.randint(0, fields["vocab_size"], (2, 30))
+    with torch.no_grad():
+        assert_logits_agree(ours(tokens), theirs(tokens).logits)
+
+
+class Files:
+    """The tensors of a file as a source in hub names."""
+
+    def __init__(self, path):
+        self.tensors = load_file(path)
+
+    def names(self):
+        return self.tensors.keys()
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name):
+        return str(self.tensors[name].dtype).removeprefix("torch.")
+
+    def read(self, name, index):
+        return self.tensors[name][index]
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["per-expert", "fused"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_both_forms_that_transformers_writes_are_read_and_written_bit_for_bit(original, seed, tmp_path):
+    fields = draw_fields(seed, "mixtral")
+    theirs, ours = pair(fields, seed)
+    theirs.save_pretrained(tmp_path, save_original_format=original)
+    source, config = Files(tmp_path / "model.safetensors"), SPEC.parse(fields)
+    assert any("gate_up_proj" in name for name in source.names()) != original
+    book = rule_book(SPEC, config, source)
+    assert book.hub_shapes == {name: source.shape(name) for name in source.names()}
+    read = SPEC.build(config)
+    load_into(read, source, rules_for(SPEC, config, source))
+    for (name, found), expected in zip(read.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    written = book.to_hub(ModuleSource(read))
+    for name in source.names():
+        assert torch.equal(written.read(name, tuple(slice(0, n) for n in source.shape(name))), source.tensors[name])
