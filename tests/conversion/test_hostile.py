@@ -390,7 +390,7 @@ def test_hostile_fields_are_refused_before_a_model_is_built(checkpoint, name, va
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     for module in (weights, transfer_module):
-        monkeypatch.setattr(module, "rule_book", lambda *_: pytest.fail("a model was built"))
+        monkeypatch.setattr(module, "meta_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ZooError) as error:
         open_checked(str(checkpoint), Registry(Plugins.load()))
     message = str(error.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.overrides import TorchFunctionMode
 
 from zoo.core.contracts import ModelSpec, TensorSource
 from zoo.core.errors import DataError
@@ -75,12 +76,15 @@ def expected_tensors(spec: ModelSpec, config: Any) -> dict[str, Shape]:
     return rule_book(spec, config).hub_shapes
 
 
-def rule_book(spec: ModelSpec, config: Any, source: TensorSource | None = None) -> RuleBook:
+def rule_book(
+    spec: ModelSpec, config: Any, source: TensorSource | None = None, *, model: nn.Module | None = None
+) -> RuleBook:
     """The family's rules over the shapes of this config; nothing is allocated.
 
-    With a source in hub names, those of the form whose names fit it best; without, the one that is written.
+    With a source in hub names, those of the form whose names fit it best; without, the one that is written. `model` is
+    the one of this config, where there is one already.
     """
-    shapes = {name: tuple(p.shape) for name, p in meta_model(spec, config).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in (model or meta_model(spec, config)).named_parameters()}
     books = [RuleBook(rules, shapes) for rules in (spec.rules(config), *(spec.forms(config) if source else ()))]
     if source is None or len(books) == 1:
         return books[0]
@@ -95,8 +99,19 @@ def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule,
 
 def meta_model(spec: ModelSpec, config: Any) -> nn.Module:
     """The model without storage."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return spec.build(config)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips torch.nn.init: on meta there is nothing to fill, and trying to takes most of the time of a build."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -136,9 +151,8 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
         raise DataError(f"{source} does not fit its config.json: {_some(wrong, '; ')}")
 
 
-def check_tied(source: TensorSource, spec: ModelSpec, config: Any) -> list[str]:
+def check_tied(source: TensorSource, model: nn.Module, book: RuleBook) -> list[str]:
     """Names in a hub source that repeat a tied tensor, after comparing them with it whole. Raises DataError."""
-    model, book = meta_model(spec, config), rule_book(spec, config, source)
     aliases = {alias: book.pieces[name][0].hub for alias, name in tied_names(model).items() if alias in source.names()}
     for alias, hub in aliases.items():
         if hub in source.names():  # else `check_tensors` says so
