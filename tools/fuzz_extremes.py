@@ -11,7 +11,6 @@ from tools.fuzz_cases import CONFIG, INDEX, SINGLE, Case, Files
 
 def extremes(single: Files) -> Iterator[tuple[str, Case]]:
     """Each with a name, made from a whole checkpoint of one file."""
-    config = json.loads(single[CONFIG])
     for name, content in _headers():
         yield name, Case({**single, SINGLE: content})
     for name, text in _texts(1 << 20):
@@ -19,31 +18,39 @@ def extremes(single: Files) -> Iterator[tuple[str, Case]]:
     rest = {name: content for name, content in single.items() if name != SINGLE}
     for name, text in _texts(10 << 20):
         yield f"index of {name}", Case({**rest, INDEX: text})
-    yield "index of 100,000 tensors", Case({**rest, INDEX: _index(100_000, 1)})
+    yield "index of 80,000 tensors", Case({**rest, INDEX: _index(80_000, 1)})
     yield "index of 2,000 shards", Case({**rest, INDEX: _index(2000, 2000), **dict(_shards(2000))})
+    yield "index of 80,000 tensors in 4 files", Case({**rest, INDEX: _index(80_000, 4), **dict(_shards(4, 20_000))})
     yield "index of 60,000 shards", Case({**rest, INDEX: _index(60_000, 60_000)})
-    for layers in (512, 1024):
-        header = _header(_tensors(12 * layers, "model.layers.{}.x"))
-        fields = json.dumps(config | {"num_hidden_layers": layers}).encode()
-        yield f"{layers} layers", Case({**single, CONFIG: fields, SINGLE: header})
-    wide = config | {"vocab_size": 1 << 22, "hidden_size": 1 << 17, "num_attention_heads": 1 << 10, "head_dim": 128}
-    yield "vocabulary of 4 million", Case({**single, CONFIG: json.dumps(wide).encode()})
     for name in (CONFIG, SINGLE, "tokenizer.json", "chat_template.jinja"):
         yield f"{name} of 16 TiB that is not there", Case(dict(single), lengths={name: 1 << 43})
 
 
+def large_models(single: Files) -> Iterator[tuple[str, Case]]:
+    """What a config may ask for at most, of a checkpoint that has as many tensors, but not those."""
+    config = json.loads(single[CONFIG])
+    many = _header(_tensors(12_288, "model.layers.{}.x"))
+    asked: list[dict[str, int]] = [{"num_hidden_layers": 512}, {"num_hidden_layers": 1024}]
+    asked += [{"vocab_size": 1 << 22, "hidden_size": 1 << 17, "num_attention_heads": 1 << 10, "head_dim": 128}]
+    if "num_local_experts" in config:
+        asked += [{"num_hidden_layers": n, "num_local_experts": 1024} for n in (32, 1024)]
+    for fields in asked:
+        name = ", ".join(f"{key} {value}" for key, value in fields.items())
+        yield name, Case({**single, CONFIG: json.dumps(config | fields).encode(), SINGLE: many})
+
+
 def _headers() -> Iterator[tuple[str, bytes]]:
-    yield "header of 50,000 tensors", _header(_tensors(50_000, "model.layers.{}.block_sparse_moe.experts.0.w1.weight"))
-    yield "header of 50,000 long names", _header(_tensors(50_000, "x" * 200 + "{}"))
-    yield "header of 50,002 tensors", _header(_tensors(50_002, "{}"))
+    yield "header of 20,000 tensors", _header(_tensors(20_000, "model.layers.{}.block_sparse_moe.experts.0.w1.weight"))
+    yield "header of 20,000 long names", _header(_tensors(20_000, "x" * 200 + "{}"))
+    yield "header of 20,002 tensors", _header(_tensors(20_002, "{}"))
     yield (
         "header of 8 dims each",
-        _header({f"t{i}": {"dtype": "F32", "shape": [0] * 8, "data_offsets": [0, 0]} for i in range(50_000)}),
+        _header({f"t{i}": {"dtype": "F32", "shape": [0] * 8, "data_offsets": [0, 0]} for i in range(20_000)}),
     )
     yield "header of metadata", _header({"__metadata__": {str(i): "" for i in range(600_000)}})
-    for name, text in _texts(16 << 20):
+    for name, text in _texts(8 << 20):
         yield f"header of {name}", struct.pack("<Q", len(text)) + text
-    yield "header of 17 MiB", struct.pack("<Q", 17 << 20) + b" " * (17 << 20)
+    yield "header of 9 MiB", struct.pack("<Q", 9 << 20) + b" " * (9 << 20)
 
 
 def _texts(size: int) -> Iterator[tuple[str, bytes]]:
@@ -82,6 +89,7 @@ def _index(tensors: int, shards: int) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
 
 
-def _shards(count: int) -> Iterator[tuple[str, bytes]]:
+def _shards(count: int, each: int = 1) -> Iterator[tuple[str, bytes]]:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     for i in range(count):
-        yield f"s{i}.safetensors", _header({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+        yield f"s{i}.safetensors", _header({f"t{i + count * j}": empty for j in range(each)})
