@@ -226,6 +226,8 @@ def main() -> int:
     registry = Registry(Plugins.load())
     fuzz = Fuzz(work, registry, Watch(work))
     originals = bases(registry)
+    for form in registry.converters.names():  # asked where a directory is no checkpoint
+        registry.converters.load(form)
     sys.addaudithook(fuzz.watch)
     signal.signal(signal.SIGALRM, _too_slow)
     for name, files in originals:  # unbroken; everything that is imported late is imported after this
