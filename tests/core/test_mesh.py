@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from zoo.core.errors import UsageError
 from zoo.core.job import LayoutSection
-from zoo.core.mesh import resolve_degrees
+from zoo.core.mesh import Degrees, resolve_degrees
 
 
 def test_unset_data_parallel_degree_fills_the_accelerators():
@@ -51,3 +51,10 @@ def test_a_launcher_with_the_right_number_of_ranks_is_always_accepted(cp, tp, re
 @pytest.mark.parametrize(("cp", "ep", "dp_shard"), [(2, 4, 2), (1, 4, 4), (4, 2, 1), (6, 4, 2)])
 def test_on_a_cpu_ep_brings_the_ranks_it_folds_over(cp, ep, dp_shard):
     assert resolve_degrees(LayoutSection(cp=cp, ep=ep), world_size=None, available=None).dp_shard == dp_shard
+
+
+def test_ep_adds_no_ranks_and_the_description_says_so():
+    degrees = Degrees(dp_shard=2, cp=4, ep=8)
+    assert degrees.world_size == 8
+    assert degrees.describe() == "dp_shard 2 x cp 4, ep 8 over them"
+    assert Degrees().describe() == "single process"

@@ -166,14 +166,18 @@ def in_bfloat16(degrees):
     run = sparse_model.Run(degrees, 0.05, biased=False, dtype="bfloat16")
     numbers = {name: value.float() for name, value in run.step().items()}
     kinds = {(p.dtype, str(p.placements)) for n, p in run.model.named_parameters() if ".experts." in n}
-    return numbers, kinds, run.gradients
+    groups = [len(group["params"]) for group in run.state.optimizer.param_groups]
+    return numbers, kinds, run.gradients, groups
 
 
 @pytest.mark.dist
 def test_mixed_precision_is_the_same_at_any_ep_but_for_rounding():
-    one, _, expected = ranks.run(1, in_bfloat16, {})[0]
-    four, kinds, gradients = ranks.run(4, in_bfloat16, {"dp_shard": 2, "cp": 2, "ep": 2})[0]
+    one, _, expected, _ = ranks.run(1, in_bfloat16, {})[0]
+    four, kinds, gradients, groups = ranks.run(4, in_bfloat16, {"dp_shard": 2, "cp": 2, "ep": 2})[0]
     assert kinds == {(torch.float32, "(Shard(dim=1), Shard(dim=0))")}
+    # Matrices of each mesh, and vectors: one update each.
+    layers = sparse_model.LAYERS
+    assert groups == [2 + 5 * layers, 3 * layers, 1 + 2 * layers]
     for name, value in four.items():
         torch.testing.assert_close(value, one[name], rtol=2e-2, atol=2e-2)
     for name, value in gradients.items():

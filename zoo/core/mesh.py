@@ -42,9 +42,9 @@ class Degrees:
         return {axis: getattr(self, axis) for axis in (*AXES, "ep")}
 
     def describe(self) -> str:
-        """As `cp 8` or `dp_shard 2 x cp 4`; `single process` when nothing is parallel."""
-        parts = [f"{axis} {degree}" for axis, degree in self.mapping().items() if degree > 1]
-        return " x ".join(parts) or "single process"
+        """As `cp 8` or `dp_shard 2 x cp 4, ep 8 over them`; `single process` when nothing is parallel."""
+        ranks = " x ".join(f"{axis} {degree}" for axis in AXES if (degree := getattr(self, axis)) > 1)
+        return (ranks or "single process") + (f", ep {self.ep} over them" if self.ep > 1 else "")
 
 
 def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available: int | None) -> Degrees:

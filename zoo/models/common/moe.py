@@ -39,7 +39,7 @@ class GroupedMatmul(nn.Module):
 
         An expert without rows gets a gradient of zeros, for optimizers and FSDP wait for every gradient.
         """
-        if _has_kernel(weight):
+        if len(rows) and _has_kernel(weight):
             return functional.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
         parts: tuple[Tensor, ...] = torch.split(rows, counts.tolist())
         return torch.cat([functional.linear(part, w) for part, w in zip(parts, weight.unbind(), strict=True)])
