@@ -13,10 +13,10 @@ from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
+from zoo.core.inventory import IGNORABLE, check_tensors, check_tied, rule_book
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.units import format_duration
-from zoo.core.weights import IGNORABLE, check_tensors, check_tied, rule_book
 
 STORED = "stored"
 """`--dtype stored`: each tensor in its own type."""
