@@ -65,7 +65,7 @@ def test_the_builtin_families_are_there(row, capsys):
 def test_axes_that_nothing_serves_are_named(capsys):
     """A column says what the model allows, not what is installed."""
     main(["--no-plugin", "context", "--no-plugin", "fsdp", "models"])
-    assert "no plugin here serves --cp" in capsys.readouterr().err
+    assert "no plugin here serves --cp" in capsys.readouterr().out
     main(["--no-plugin", "context", "models", "--json"])
     assert "ep" not in json.loads(capsys.readouterr().out)["unserved_axes"]
 

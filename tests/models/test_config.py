@@ -117,6 +117,7 @@ def test_a_hostile_config_is_refused_in_one_line_that_names_the_field(family, fi
         ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
         ("mixtral", {"num_local_experts": 2**30}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 1024, "num_hidden_layers": 1024}, "num_local_experts"),
         ("mixtral", {"num_experts": "8"}, "num_local_experts"),
         ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok (5)"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),

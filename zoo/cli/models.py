@@ -34,7 +34,7 @@ def models(session: Session, as_json: bool) -> None:
         return
     click.echo(table(_HEADER, [_cells(row) for row in rows]))
     if unserved:
-        click.echo(f"no plugin here serves {' and '.join(f'--{axis}' for axis in unserved)} yet", err=True)
+        click.echo(f"\nno plugin here serves {' and '.join(f'--{axis}' for axis in unserved)} yet")
 
 
 def _unserved(session: Session) -> list[str]:

@@ -32,6 +32,8 @@ _DEFAULTS = Defaults(
     rope_theta=1_000_000.0,
 )
 _MAX_EXPERTS = 1 << 10
+_MAX_MATRICES = 1 << 14
+"""Layers times experts; each has three tensors of its own on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,8 @@ def parse(config: Mapping[str, Any]) -> MixtralConfig:
     fields.fixed("hidden_act", "silu")
     fields.fixed("router_jitter_noise", 0, 0.0)
     decoder = read_decoder(fields, _DEFAULTS)
-    experts = fields.integer("num_local_experts", 8, high=_MAX_EXPERTS)
+    most = min(_MAX_EXPERTS, _MAX_MATRICES // decoder["num_hidden_layers"])
+    experts = fields.integer("num_local_experts", 8, high=most)
     window = fields.integer("sliding_window", 1, high=MAX_LENGTH) if fields.has("sliding_window") else None
     return MixtralConfig(
         **decoder,
