@@ -18,7 +18,7 @@ from zoo.conversion.files import copy_file
 from zoo.conversion.headers import read_header
 from zoo.conversion.hf import HfConverter
 from zoo.conversion.transfer import open_checked, transfer
-from zoo.core import weights
+from zoo.core import inventory
 from zoo.core.errors import DataError, ZooError
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
@@ -389,7 +389,7 @@ FIELDS = (
 def test_hostile_fields_are_refused_before_a_model_is_built(checkpoint, name, value, monkeypatch):
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    for module in (weights, transfer_module):
+    for module in (inventory, transfer_module):
         monkeypatch.setattr(module, "meta_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ZooError) as error:
         open_checked(str(checkpoint), Registry(Plugins.load()))

@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zoo.core import weights
+from zoo.core import inventory
 from zoo.core.errors import DataError
+from zoo.core.inventory import rules_for, tied_names
 from zoo.core.rules import Part, Stack
-from zoo.core.weights import ModuleSource, allocate, load_into, rules_for, tied_names
+from zoo.core.weights import ModuleSource, allocate, load_into
 
 
 class Toy(nn.Module):
@@ -134,7 +135,7 @@ def test_old_frequencies_are_ignored():
 
 
 def test_large_tensors_are_read_in_blocks(monkeypatch):
-    monkeypatch.setattr(weights, "BLOCK_VALUES", 13)
+    monkeypatch.setattr(inventory, "BLOCK_VALUES", 13)
     toy, source = Toy(), stored()
     load_into(toy, source, RULES)
     assert torch.equal(toy.embed.weight, source["embed.weight"])

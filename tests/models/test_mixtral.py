@@ -10,7 +10,8 @@ from torch.nn import functional
 from tests.models.reference import FAMILIES, draw_fields, gradients, pair
 from tests.models.test_parity import assert_logits_agree
 from zoo.core.contracts import IGNORE
-from zoo.core.weights import ModuleSource, load_into, rule_book, rules_for
+from zoo.core.inventory import rule_book, rules_for
+from zoo.core.weights import ModuleSource, load_into
 from zoo.models.common.moe import route
 from zoo.models.mixtral.model import SPEC
 

@@ -13,7 +13,7 @@ from zoo.conversion.transfer import Opened, written_dtype
 from zoo.conversion.writer import Outgoing
 from zoo.core.contracts import TensorSource
 from zoo.core.errors import DataError
-from zoo.core.weights import rule_book
+from zoo.core.inventory import rule_book
 
 
 def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: int | None = None) -> str:

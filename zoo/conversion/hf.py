@@ -25,8 +25,8 @@ from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfini
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
+from zoo.core.inventory import check_tensors, rule_book
 from zoo.core.version import __version__
-from zoo.core.weights import check_tensors, rule_book
 
 _MAX_CONFIG = 1 << 20
 _DROPPED = ("auto_map", "_name_or_path", "quantization_config")

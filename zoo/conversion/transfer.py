@@ -14,10 +14,10 @@ from zoo.conversion.headers import MAX_TENSORS
 from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
+from zoo.core.inventory import IGNORABLE, check_tensors, check_tied, meta_model, rule_book
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.units import format_duration
-from zoo.core.weights import IGNORABLE, check_tensors, check_tied, meta_model, rule_book
 
 STORED = "stored"
 """`--dtype stored`: each tensor in its own type."""

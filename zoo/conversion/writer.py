@@ -19,7 +19,7 @@ from zoo.core.rules import Index, row_blocks, whole
 SHARD_BYTES = 5_000_000_000
 """The hub's own limit, in decimal gigabytes."""
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 """What is read, cast, summed and written at a time by each thread."""
 
 _CODES = {name: code for code, name in DTYPES.items()}

@@ -14,6 +14,7 @@ from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError
 from zoo.core.flags import from_flags
+from zoo.core.inventory import rules_for
 from zoo.core.launch import inside_launcher, launch, quiet_launcher
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare, with_recipe
@@ -45,7 +46,7 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
         model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
     weights.allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
-    rules = () if opened.own_names else weights.rules_for(spec, config, opened.tensors)
+    rules = () if opened.own_names else rules_for(spec, config, opened.tensors)
     weights.load_into(model, opened.tensors, rules)
     return model.eval()
 

@@ -18,6 +18,7 @@ from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
 from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
 from zoo.core.feed import Feed, Position, reads_data
+from zoo.core.inventory import rules_for
 from zoo.core.job import Job
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
@@ -204,7 +205,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     )
     if prepared.source is not None:
         source = prepared.source.tensors
-        rules = () if prepared.source.own_names else weights.rules_for(spec, config, source)
+        rules = () if prepared.source.own_names else rules_for(spec, config, source)
         weights.load_into(model, source, rules)
     else:
         torch.manual_seed(job.data.seed)
