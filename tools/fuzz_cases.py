@@ -172,7 +172,7 @@ def _header(draw: random.Random, case: Case) -> None:
     choice = draw.random()
     if choice < 0.08:
         claimed = draw.choice([0, 1, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1, 16 << 20])
-        case.files[name] = struct.pack("<Q", max(claimed, 0)) + text + data
+        case.files[name] = struct.pack("<Q", min(max(claimed, 0), 2**64 - 1)) + text + data
         return
     if choice < 0.14:
         case.files[name] = _flipped(draw, content, draw.choice([8, length, len(content)]))
