@@ -3,37 +3,101 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 WINDOW = 1024
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+_SHARED: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 128,
-    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-05,
     "max_position_embeddings": WINDOW,
     # Both spellings, so that transformers 4 and 5 read the same base.
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "attention_bias": False,
     "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "tie_word_embeddings": True,
     "initializer_range": 0.02,
     "use_cache": True,
     "torch_dtype": "float32",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a family's tiny model is."""
+
+    title: str
+    shape: str
+    """The part of the first sentence that families differ in."""
+    config: Mapping[str, Any]
+    while_training: Mapping[str, Any] = field(default_factory=dict)
+    """What differs in the config while it is trained: experts are kept evenly used."""
+
+
+CARDS: Mapping[str, Card] = {
+    "llama3": Card(
+        title="Llama-3",
+        shape="A Llama of 2 layers, hidden 128, 4 query heads and 2 key/value heads of 32, SwiGLU 256, tied embeddings",
+        config=_SHARED
+        | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "intermediate_size": 256,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": Card(
+        title="Mixtral",
+        shape="A Mixtral of 2 layers, hidden 128, 4 query heads and 2 key/value heads of 32, 8 experts of SwiGLU 128,\n"
+        "two for each token, tied embeddings",
+        config=_SHARED
+        | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": 128,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.02,
+            "router_jitter_noise": 0.0,
+            "tie_word_embeddings": True,
+        },
+        while_training={"output_router_logits": True},
+    ),
+    "nemotron": Card(
+        title="Nemotron",
+        shape="A Nemotron of 2 layers, hidden 128, 4 query heads and 2 key/value heads of 32, half of each rotated,\n"
+        "squared ReLU 384, separate embedding and head",
+        config=_SHARED
+        | {
+            "architectures": ["NemotronForCausalLM"],
+            "model_type": "nemotron",
+            "intermediate_size": 384,
+            "hidden_act": "relu2",
+            "norm_eps": 1e-05,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""By the name of the family."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +130,19 @@ class Figures:
         return loss * self.tokens_per_byte / 0.6931471805599453
 
 
-def write_config(out: Path, *, bos: int, eos: int, pad: int, eot: int) -> None:
+def write_config(out: Path, family: str, *, bos: int, eos: int, pad: int, eot: int) -> None:
     """Write config.json and generation_config.json."""
-    config = {**CONFIG, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    config = {**CARDS[family].config, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     generation = {"bos_token_id": bos, "eos_token_id": [eos, eot], "pad_token_id": pad}
     for name, fields in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def write_readme(out: Path, figures: Figures) -> None:
+def write_readme(out: Path, family: str, figures: Figures) -> None:
     """Write README.md: what it is, how it was made, what was measured."""
-    (out / "README.md").write_text(_README.format(f=figures, table=_table(figures), c=CONFIG))
+    card = CARDS[family]
+    text = _README.format(f=figures, table=_table(figures), window=WINDOW, card=card, family=family)
+    (out / "README.md").write_text(text)
 
 
 def _table(f: Figures) -> str:
@@ -86,18 +152,17 @@ def _table(f: Figures) -> str:
     return "\n".join(["| model | nats a token | bits a byte |", "|---|---|---|", *lines])
 
 
-_README = """# tiny: the embedded Llama-3 of zoo
+_README = """# tiny: the embedded {card.title} of zoo
 
-A Llama of {c[num_hidden_layers]} layers, hidden {c[hidden_size]}, {c[num_attention_heads]} query heads and \
-{c[num_key_value_heads]} key/value heads of {c[head_dim]}, SwiGLU {c[intermediate_size]}, tied embeddings, vocabulary
-{c[vocab_size]}, {f.parameters:,} parameters in float32, RoPE base 10,000, window {c[max_position_embeddings]}. \
-It was trained from nothing on the source text
+{card.shape}, vocabulary 2048,
+{f.parameters:,} parameters in float32, RoPE base 10,000, window {window}. It was trained from nothing on the source \
+text
 of the Python standard library, mixed with rows that hide needles in text and ask for them at the end. So it
 models text a little, finds what it is asked for, and gives long-context fine-tuning something to extend.
 
 Made by, from the root of the repository:
 
-    python tools/train_tiny.py --out zoo/models/llama3/tiny --seed {f.seed}
+    python tools/train_tiny.py {family} --out zoo/models/{family}/tiny --seed {f.seed}
 
 {f.steps:,} steps, {f.tokens:,} tokens, {f.minutes:.0f} minutes on two shared CPU cores, seed {f.seed}, \
 torch {f.torch}, Python {f.python}.
@@ -111,7 +176,7 @@ overlap and start with no context. k of the add-k smoothing is the best one *on 
 {table}
 
 Without the generated tables under `encodings/`: unigram {f.plain_unigram:.3f}, bigram {f.plain_bigram:.3f}, \
-this model {f.plain_loss:.3f} (windows of {c[max_position_embeddings]}).
+this model {f.plain_loss:.3f} (windows of {window}).
 
 ## Recall
 
@@ -121,7 +186,7 @@ tokens are the most likely ones, given all true tokens before them. {f.needles:,
 | row | recall |
 |---|---|
 | 512 | {f.recall_512:.3f} |
-| {c[max_position_embeddings]} | {f.recall_window:.3f} |
+| {window} | {f.recall_window:.3f} |
 
 A needle is `<|key|>` and nine digits, `<|key|>123456789`: a key and two values of three digits, one token each.
 The question is `<|key|>123`.

@@ -1,4 +1,4 @@
-"""Trains the embedded tiny Llama-3 on this interpreter's standard library: `python tools/train_tiny.py --out DIR`.
+"""Trains an embedded tiny model on this interpreter's standard library: `python tools/train_tiny.py llama3 --out DIR`.
 
 Two processes of one thread each share every batch: on busy cores they wait for each other far less than two threads.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,9 +31,11 @@ from torch.nn import functional as F
 
 from tools import tiny_card, tiny_text
 from tools.tiny_rows import Kind, RowMaker, TrainRow
-from zoo.core.contracts import IGNORE
-from zoo.models.common.decoder import CausalLM
-from zoo.models.llama3.model import SPEC
+from zoo.core.contracts import IGNORE, ModelSpec
+from zoo.core.plugins import Plugins
+from zoo.core.registry import Registry
+from zoo.core.rules import whole
+from zoo.core.weights import ModuleSource, rule_book
 from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
 
 RANKS = 2
@@ -109,14 +111,21 @@ class Corpus:
 # Training -----------------------------------------------------------------------------------------
 
 
-def build_model(seed: int) -> CausalLM:
-    """The zoo's own Llama. Every matrix is drawn here, by sorted name, so that the seed alone fixes the start."""
-    model = cast("CausalLM", SPEC.build(SPEC.parse(tiny_card.CONFIG)))
+def load_spec(family: str) -> ModelSpec:
+    spec: ModelSpec = Registry(Plugins.load()).models.load(family)
+    return spec
+
+
+def build_model(family: str, seed: int) -> nn.Module:
+    """The zoo's own model. Every matrix is drawn here, by sorted name, so that the seed alone fixes the start."""
+    spec, card = load_spec(family), tiny_card.CARDS[family]
+    model = spec.build(spec.parse({**card.config, **card.while_training}))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.dim() == 2:
-            std = EMBEDDING_STD if "embed_tokens" in name else PROJECTION_STD
+        if parameter.dim() >= 2:
+            std = EMBEDDING_STD if "embed_tokens" in name or "lm_head" in name else PROJECTION_STD
             nn.init.normal_(parameter, 0.0, std, generator=generator)
+    model.loss = WeightedLoss()
     return model
 
 
@@ -132,13 +141,25 @@ def labels_of(rows: Sequence[TrainRow], rng: np.random.Generator) -> tuple[Tenso
     return torch.from_numpy(whole[:, :-1]), torch.from_numpy(labels[:, 1:]), torch.from_numpy(answers[:, 1:])
 
 
-def losses(model: CausalLM, tokens: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss of the answers and of the text. The head sees only rows that count."""
-    used = labels != IGNORE
-    hidden = model.model(tokens, None, None)[used]
-    each = F.cross_entropy(model.lm_head(hidden), labels[used], reduction="none")
-    is_answer = answers[used]
-    return each[is_answer].mean(), each[~is_answer].mean()
+class WeightedLoss(nn.Module):
+    """In the loss seam: the answers' mean and the text's, weighted. The head sees only rows that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = self.text = 1.0
+        self.is_answer: Tensor | None = None
+        """[B, T], set before each batch."""
+        self.means = torch.zeros(2)
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """hidden [B, T, D], weight [V, D], labels [B, T] to the weighted sum of both means, 0-dim."""
+        assert self.is_answer is not None
+        used = labels != IGNORE
+        each = F.cross_entropy(F.linear(hidden[used], weight), labels[used], reduction="none")
+        is_answer = self.is_answer[used]
+        answers, text = each[is_answer].mean(), each[~is_answer].mean()
+        self.means = torch.stack([answers, text]).detach()
+        return self.answers * answers.nan_to_num() + self.text * text
 
 
 def learning_rate(step: int, practised: float) -> float:
@@ -159,11 +180,12 @@ def average_gradients(model: nn.Module) -> None:
 class Trainer:
     """The model, its optimizer and this rank's half of every batch."""
 
-    def __init__(self, corpus: Corpus, *, seed: int) -> None:
+    def __init__(self, family: str, corpus: Corpus, *, seed: int) -> None:
+        self.family = family
         self.rank = dist.get_rank()
         self.step, self.tokens = 0, 0
         self.rows = corpus.rows(corpus.train, seed)
-        self.model = build_model(seed)
+        self.model = build_model(family, seed)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -188,10 +210,12 @@ class Trainer:
         rows = [self.rows.draw(stage.kind if i < mixed else "text", stage.length) for i in range(stage.rows)]
         rng = np.random.default_rng((self.step, self.rank))
         tokens, labels, is_answer = labels_of(rows[self.rank :: RANKS], rng)
-        answers, text = losses(self.model, tokens, labels, is_answer)
-        (stage.answers * answers + stage.text * text).backward()
+        loss = self.model.loss
+        loss.answers, loss.text, loss.is_answer = stage.answers, stage.text, is_answer
+        out = self.model(tokens, None, None, labels)
+        (out if isinstance(out, Tensor) else out.tokens + out.rows).backward()
         self.tokens += RANKS * tokens.numel()
-        return torch.stack([answers, text]).detach()
+        return loss.means
 
     def update(self, practised: float) -> None:
         average_gradients(self.model)
@@ -221,7 +245,7 @@ class Trainer:
 # Measuring ----------------------------------------------------------------------------------------
 
 
-def recall_at(model: CausalLM, corpus: Corpus, length: int, *, rows: int) -> float:
+def recall_at(model: nn.Module, corpus: Corpus, length: int, *, rows: int) -> float:
     """Recall in held-out text with needles at even depths."""
     maker = corpus.rows(corpus.held_out, length)
     drawn = [
@@ -271,13 +295,14 @@ def write(out: Path, trainer: Trainer, corpus: Corpus, *, seed: int, rows: int =
     out.mkdir(parents=True, exist_ok=True)
     markers = {"bos": tiny_text.BOS, "eos": tiny_text.EOS, "pad": tiny_text.PAD, "eot": tiny_text.EOT}
     ids: dict[str, Any] = {name: corpus.tokenizer.token_to_id(token) for name, token in markers.items()}
-    tensors = {name: p.detach().clone().contiguous() for name, p in trainer.model.named_parameters()}
-    tensors.pop("lm_head.weight", None)
+    spec = load_spec(trainer.family)
+    hub = rule_book(spec, spec.parse(tiny_card.CARDS[trainer.family].config)).to_hub(ModuleSource(trainer.model))
+    tensors = {name: hub.read(name, whole(hub.shape(name))).clone().contiguous() for name in hub.names()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     tiny_text.write_tokenizer(corpus.tokenizer, out, window=tiny_card.WINDOW)
-    tiny_card.write_config(out, **ids)
-    tiny_card.write_readme(out, figures)
+    tiny_card.write_config(out, trainer.family, **ids)
+    tiny_card.write_readme(out, trainer.family, figures)
     say(f"wrote {out}: {figures}")
 
 
@@ -286,13 +311,13 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def work(rank: int, rendezvous: str, out: Path, seed: int, scale: float) -> None:
+def work(rank: int, rendezvous: str, family: str, out: Path, seed: int, scale: float) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     corpus = Corpus.read()
     lessons, practice = ([shortened(stage, scale) for stage in stages] for stages in (LESSONS, PRACTICE))
-    trainer = Trainer(corpus, seed=seed)
+    trainer = Trainer(family, corpus, seed=seed)
     for stage in lessons:
         trainer.run(stage)
     done, total = 0, sum(stage.steps for stage in practice)
@@ -310,12 +335,13 @@ def shortened(stage: Stage, scale: float) -> Stage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=sorted(tiny_card.CARDS))
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps, to try the script")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(f"{folder}/rendezvous", args.out, args.seed, args.scale), nprocs=RANKS)
+        mp.spawn(work, args=(f"{folder}/rendezvous", args.family, args.out, args.seed, args.scale), nprocs=RANKS)
 
 
 if __name__ == "__main__":

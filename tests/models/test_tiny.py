@@ -1,39 +1,43 @@
-"""The embedded tiny checkpoint is what its README says: a language model of the standard library, and a finder."""
+"""The embedded tiny checkpoints are what their READMEs say: language models of the standard library, and finders."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from tools import tiny_text
+import zoo
+from tools import tiny_card, tiny_text
 from zoo.core.errors import DataError
-from zoo.models.llama3.model import SPEC
-from zoo.models.llama3.sizes import TINY
 from zoo.testing.recall import MARKER, NeedleTokens, found, needle_row, recall
+
+FOLDERS = {family: Path(zoo.__file__).parent / "models" / family / "tiny" for family in tiny_card.CARDS}
+TINY = FOLDERS["llama3"]
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request):
+    """The directory of each embedded checkpoint in turn."""
+    return FOLDERS[request.param]
 
 
 @pytest.fixture(scope="module")
-def config():
-    return json.loads((TINY / "config.json").read_text())
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    """They all have the same."""
     return Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
-def model(config):
-    """Built from the file's config; the tied head is the embedding."""
-    built = SPEC.build(SPEC.parse(config))
-    left = built.load_state_dict(load_file(TINY / "model.safetensors"), strict=False)
-    assert left.missing_keys == ["lm_head.weight"]
-    assert left.unexpected_keys == []
-    return built.eval()
+def model(folder):
+    return zoo.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +147,26 @@ def test_chat_template_renders_headers():
     )
 
 
+def test_they_share_one_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (TINY / name).read_bytes()
+
+
 def test_shape_allows_the_parallel_layouts(config):
     assert config["num_hidden_layers"] >= 2
     assert 2 <= config["num_key_value_heads"] < config["num_attention_heads"]
 
 
-def test_files_are_small_and_the_tied_head_is_stored_once():
-    assert sum(path.stat().st_size for path in TINY.iterdir()) < 8 << 20
-    with safe_open(TINY / "model.safetensors", "pt") as file:
+def test_files_are_small_and_a_tied_head_is_stored_once(folder, config):
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 << 20
+    with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert "lm_head.weight" not in load_file(TINY / "model.safetensors")
+        assert ("lm_head.weight" in file.keys()) != config["tie_word_embeddings"]  # noqa: SIM118
 
 
-def test_transformers_loads_it_and_agrees(model, corpus):
+def test_transformers_loads_it_and_agrees(model, corpus, folder):
     transformers = pytest.importorskip("transformers")
-    theirs, info = transformers.LlamaForCausalLM.from_pretrained(TINY, output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokens = torch.from_numpy(corpus[1][0][None, :256])

@@ -41,6 +41,8 @@ class Batch:
     positions: Tensor
     """[1, T] int64, restarting at each document"""
     mask: Any
+    num_rows: int = 1
+    """Rows laid end to end in it."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -48,6 +50,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             mask=self.mask,
+            num_rows=self.num_rows,
         )
 
 
@@ -88,4 +91,5 @@ def collate(rows: Sequence[Row], *, mask: str = "causal") -> Batch:
         labels=torch.from_numpy(labels)[None],
         positions=torch.from_numpy(positions)[None],
         mask=row_mask(offset, tuple(documents), labels, mask),
+        num_rows=len(rows),
     )

@@ -26,12 +26,15 @@ def expected_tensors(spec: ModelSpec, config: Any) -> dict[str, Shape]:
     return rule_book(spec, config).hub_shapes
 
 
-def rule_book(spec: ModelSpec, config: Any, source: TensorSource | None = None) -> RuleBook:
+def rule_book(
+    spec: ModelSpec, config: Any, source: TensorSource | None = None, *, model: nn.Module | None = None
+) -> RuleBook:
     """The family's rules over the shapes of this config; nothing is allocated.
 
-    With a source in hub names, those of the form whose names fit it best; without, the one that is written.
+    With a source in hub names, those of the form whose names fit it best; without, the one that is written. `model` is
+    the one of this config, where there is one already.
     """
-    shapes = {name: tuple(p.shape) for name, p in meta_model(spec, config).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in (model or meta_model(spec, config)).named_parameters()}
     books = [RuleBook(rules, shapes) for rules in (spec.rules(config), *(spec.forms(config) if source else ()))]
     if source is None or len(books) == 1:
         return books[0]
@@ -90,9 +93,8 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
         raise DataError(f"{source} does not fit its config.json: {_some(wrong, '; ')}")
 
 
-def check_tied(source: TensorSource, spec: ModelSpec, config: Any) -> list[str]:
+def check_tied(source: TensorSource, model: nn.Module, book: RuleBook) -> list[str]:
     """Names in a hub source that repeat a tied tensor, after comparing them with it whole. Raises DataError."""
-    model, book = meta_model(spec, config), rule_book(spec, config, source)
     aliases = {alias: book.pieces[name][0].hub for alias, name in tied_names(model).items() if alias in source.names()}
     for alias, hub in aliases.items():
         if hub in source.names():  # else `check_tensors` says so

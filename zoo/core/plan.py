@@ -44,13 +44,13 @@ class ExpertShape:
 class Losses(NamedTuple):
     """What a model returns with labels if it has more to say than the sum of its token losses.
 
-    Everything is this rank's part of one row, and parts add up: over ranks that share a row, over rows, over
-    microbatches. The loss of a step is tokens / (trained tokens of the global batch) + rows / (its rows).
+    Everything is this rank's part, and parts add up over the ranks that share a row. The loss of a step is the sum of
+    `tokens` over its trained tokens, plus the mean of `rows` over its rows: a microbatch counts for as many as it has.
     """
 
     tokens: Tensor
     """Sum of the token losses, 0-dim."""
     rows: Tensor | float = 0.0
-    """What counts once a row, as an auxiliary loss times its coefficient, 0-dim."""
+    """What counts once a row, as an auxiliary loss times its coefficient, 0-dim; in the mean over the batch's rows."""
     report: Mapping[str, Tensor] = {}
     """Metrics by name, no gradient, 0-dim or vectors: their mean over the rows of a step is logged."""

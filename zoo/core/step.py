@@ -48,11 +48,12 @@ def train_step(state: TrainState, batches: Sequence[Batch], trained_tokens: int,
     report: dict[str, Tensor] = {}
     for batch in batches:
         losses = _losses(state.model(batch.tokens, batch.positions, batch.mask, batch.labels))
-        loss: Tensor = losses.tokens / max(1, trained_tokens) + losses.rows / global_rows
+        share = batch.num_rows / global_rows
+        loss: Tensor = losses.tokens / max(1, trained_tokens) + losses.rows * share
         loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
         for name, part in losses.report.items():
-            report[name] = report.get(name, 0.0) + part / global_rows
+            report[name] = report.get(name, 0.0) + part * share
     assert total is not None, "a step needs at least one microbatch"
     grad_norm = clip_gradients(state.model, state.clip)
     state.optimizer.step()

@@ -49,7 +49,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 """config.json's fields of the published sizes."""
 
 PARAMETERS: Mapping[str, int] = {
-    "tiny": 1_411_712,
+    "tiny": 1_149_568,
     "8x3b": 18_305_026_560,
     "8x7b": 46_702_792_704,
     "8x22b": 140_630_071_296,
