@@ -16,9 +16,12 @@ from zoo.models.nemotron_nas.sizes import SIZES
 
 
 def save(directory: Path) -> Path:
-    """The tiny size with random weights and a borrowed tokenizer."""
+    """The tiny size between blocks of nothing at all, with random weights and a borrowed tokenizer."""
     torch.manual_seed(0)
-    config = SPEC.parse(dict(SIZES["tiny"]) | {"initializer_range": 0.1})
+    nothing = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
+    blocks = [nothing, *SIZES["tiny"]["block_configs"], nothing]
+    fields = dict(SIZES["tiny"]) | {"num_hidden_layers": len(blocks), "block_configs": blocks}
+    config = SPEC.parse(fields | {"initializer_range": 0.1})
     directory.mkdir(parents=True, exist_ok=True)
     save_file(SPEC.build(config).state_dict(), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(SPEC.hub_config(config)))

@@ -6,11 +6,12 @@ B rows, T tokens, D model width, R rotated size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from zoo.models.common.decoder_config import DecoderConfig
 from zoo.models.common.loss import TokenLoss
 from zoo.models.common.mlp import RunMLP
 from zoo.models.common.rope import RotaryEmbedding
@@ -75,6 +76,9 @@ class Decoder(nn.Module):
         return out
 
 
+D = TypeVar("D", bound=Decoder)
+
+
 class CausalLM(nn.Module):
     """A decoder with its head. With tied embeddings `lm_head.weight` *is* `model.embed_tokens.weight`."""
 
@@ -97,6 +101,31 @@ class CausalLM(nn.Module):
         h = self.model(tokens, positions, mask)
         out: Tensor = self.lm_head(h) if labels is None else self.loss(h, self.lm_head.weight, labels)
         return out
+
+
+def decoder_of(
+    config: DecoderConfig, kind: type[D], *, layer: Callable[[int], nn.Module], norm: Callable[[], nn.Module]
+) -> D:
+    """A decoder with the embedding and RoPE of a config, on the current default device and dtype."""
+    return kind(
+        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+        num_layers=config.num_hidden_layers,
+        layer=layer,
+        norm=norm(),
+        rotary_emb=RotaryEmbedding(
+            config.rope_parameters,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+        ),
+    )
+
+
+def causal_lm(config: DecoderConfig, *, layer: Callable[[int], nn.Module], norm: Callable[[], nn.Module]) -> CausalLM:
+    """The dense model of a config, weights normal(0, initializer_range)."""
+    decoder = decoder_of(config, Decoder, layer=layer, norm=norm)
+    model = CausalLM(decoder, tie_word_embeddings=config.tie_word_embeddings)
+    init_weights(model, std=config.initializer_range)
+    return model
 
 
 @torch.no_grad()

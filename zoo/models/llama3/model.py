@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import nn
-
 from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_buffers, init_weights
+from zoo.models.common.decoder import CausalLM, DecoderLayer, causal_lm, init_buffers
 from zoo.models.common.mlp import SwiGLU
 from zoo.models.common.norms import RMSNorm
-from zoo.models.common.rope import RotaryEmbedding
 from zoo.models.llama3.config import LlamaConfig, hub_config, override, parse
 from zoo.models.llama3.plan import flops_per_token, plan
 from zoo.models.llama3.sizes import MODEL_TYPE
@@ -19,20 +16,8 @@ from zoo.models.llama3.sizes import MODEL_TYPE
 
 def build(config: LlamaConfig) -> CausalLM:
     """The model on the current default device and dtype, weights normal(0, initializer_range)."""
-    decoder = Decoder(
-        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-        num_layers=config.num_hidden_layers,
-        layer=partial(_layer, config),
-        norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        rotary_emb=RotaryEmbedding(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-        ),
-    )
-    model = CausalLM(decoder, tie_word_embeddings=config.tie_word_embeddings)
-    init_weights(model, std=config.initializer_range)
-    return model
+    norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+    return causal_lm(config, layer=partial(_layer, config), norm=norm)
 
 
 def _layer(config: LlamaConfig, index: int) -> DecoderLayer:

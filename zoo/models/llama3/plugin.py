@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.core.entries import ModelEntry, load_target
 from zoo.core.hookspecs import hookimpl
-from zoo.models.llama3.sizes import HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES, TINY
+from zoo.models.llama3.sizes import EMBEDDED, HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES
 
 if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
@@ -28,7 +28,7 @@ def zoo_register_models() -> Sequence[ModelEntry]:
             default_size="8b",
             hub_ids=HUB_IDS,
             parameters=PARAMETERS,
-            embedded={"tiny": str(TINY)},
+            embedded=EMBEDDED,
             # The corpus the tiny model was trained on, at a rate and length that show something within minutes.
             recipes={"tiny": {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}},
         )

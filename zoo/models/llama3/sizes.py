@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from zoo.models.common.embedded import embedded, embedded_config
 
 MODEL_TYPE = "llama"
 MODEL_TYPES = ("llama", "mistral", "ministral")
@@ -45,26 +46,17 @@ def _long(factor: float) -> dict[str, Any]:
     }
 
 
-def _tiny() -> dict[str, Any]:
-    """The embedded checkpoint's own config, so that there is one truth; its shape alone where it is not built yet."""
-    try:
-        found = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    return _size(2, 128, 384, 8, vocab_size=2048, num_key_value_heads=4, max_position_embeddings=1024) | {
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-    }
-
+_TINY_SHAPE = _size(2, 128, 384, 8, vocab_size=2048, num_key_value_heads=4, max_position_embeddings=1024) | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
 
 _INSTRUCT_EOS = [128_001, 128_008, 128_009]
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _tiny(),
+    "tiny": embedded_config(TINY, _TINY_SHAPE),
     "3.2-1b": _size(16, 2048, 8192, 32, head_dim=64, tie_word_embeddings=True, **_long(32.0)),
     "3.2-3b": _size(28, 3072, 8192, 24, head_dim=128, tie_word_embeddings=True, **_long(32.0)),
     "8b": _size(32, 4096, 14_336, 32),
@@ -99,3 +91,5 @@ HUB_IDS: Mapping[str, str] = {
     "3.1-405b": "meta-llama/Llama-3.1-405B",
     "3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
 }
+
+EMBEDDED: Mapping[str, str] = embedded(TINY)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import nn
-
 from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import init_buffers, init_weights
+from zoo.models.common.decoder import decoder_of, init_buffers, init_weights
 from zoo.models.common.moe import SparseMoE, init_experts
 from zoo.models.common.moe_decoder import SparseCausalLM, SparseDecoder, SparseDecoderLayer
 from zoo.models.common.norms import RMSNorm
-from zoo.models.common.rope import RotaryEmbedding
 from zoo.models.mixtral.config import MixtralConfig, hub_config, override, parse
 from zoo.models.mixtral.plan import experts, flops_per_token, plan
 from zoo.models.mixtral.rules import forms, rules
@@ -21,17 +18,8 @@ from zoo.models.mixtral.sizes import MODEL_TYPE
 
 def build(config: MixtralConfig) -> SparseCausalLM:
     """The model on the current default device and dtype, weights normal(0, initializer_range)."""
-    decoder = SparseDecoder(
-        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-        num_layers=config.num_hidden_layers,
-        layer=partial(_layer, config),
-        norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        rotary_emb=RotaryEmbedding(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-        ),
-    )
+    norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+    decoder = decoder_of(config, SparseDecoder, layer=partial(_layer, config), norm=norm)
     model = SparseCausalLM(
         decoder,
         tie_word_embeddings=config.tie_word_embeddings,

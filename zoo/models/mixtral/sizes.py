@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from zoo.models.common.embedded import embedded, embedded_config
 
 MODEL_TYPE = "mixtral"
 TINY = Path(__file__).parent / "tiny"
@@ -33,23 +34,14 @@ def _size(layers: int, hidden: int, intermediate: int, heads: int, **more: Any) 
     }
 
 
-def _tiny() -> dict[str, Any]:
-    """The embedded checkpoint's own config, so that there is one truth; its shape alone where it is not built yet."""
-    try:
-        found = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    return _size(2, 128, 128, 4, vocab_size=2048, num_key_value_heads=2, max_position_embeddings=1024) | {
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_theta": 10_000.0,
-    }
-
+_TINY_SHAPE = _size(2, 128, 128, 4, vocab_size=2048, num_key_value_heads=2, max_position_embeddings=1024) | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_theta": 10_000.0,
+}
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _tiny(),
+    "tiny": embedded_config(TINY, _TINY_SHAPE),
     "8x3b": _size(32, 2560, 8960, 32),
     "8x7b": _size(32, 4096, 14_336, 32),
     "8x22b": _size(56, 6144, 16_384, 48, vocab_size=32_768, max_position_embeddings=65_536, router_aux_loss_coef=0.001),
@@ -69,4 +61,4 @@ HUB_IDS: Mapping[str, str] = {
     "8x22b": "mistralai/Mixtral-8x22B-v0.1",
 }
 
-EMBEDDED: Mapping[str, str] = {"tiny": str(TINY)} if (TINY / "config.json").is_file() else {}
+EMBEDDED: Mapping[str, str] = embedded(TINY)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from zoo.models.common.embedded import embedded, embedded_config
 
 MODEL_TYPE = "nemotron"
 TINY = Path(__file__).parent / "tiny"
@@ -32,24 +33,15 @@ def _size(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
     }
 
 
-def _tiny() -> dict[str, Any]:
-    """The embedded checkpoint's own config, so that there is one truth; its shape alone where it is not built yet."""
-    try:
-        found = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    return _size(2, 128, 384, 4, 2, head_dim=32, vocab_size=2048) | {
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.02,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-
+_TINY_SHAPE = _size(2, 128, 384, 4, 2, head_dim=32, vocab_size=2048) | {
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _tiny(),
+    "tiny": embedded_config(TINY, _TINY_SHAPE),
     "minitron-4b": _size(32, 3072, 9216, 24, 8),
     "minitron-8b": _size(32, 4096, 16_384, 48, 8),
     "8b": _size(32, 4096, 16_384, 32, 32, initializer_range=0.010),
@@ -75,4 +67,4 @@ HUB_IDS: Mapping[str, str] = {
     "minitron-8b": "nvidia/Minitron-8B-Base",
 }
 
-EMBEDDED: Mapping[str, str] = {"tiny": str(TINY)} if (TINY / "config.json").is_file() else {}
+EMBEDDED: Mapping[str, str] = embedded(TINY)

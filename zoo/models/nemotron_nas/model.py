@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from zoo.core.contracts import ModelSpec
 from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, Decoder, init_buffers, init_weights
+from zoo.models.common.decoder import CausalLM, causal_lm, init_buffers
 from zoo.models.common.mlp import RunMLP, SwiGLU
 from zoo.models.common.norms import RMSNorm
-from zoo.models.common.rope import RotaryEmbedding
 from zoo.models.nemotron_nas.blocks import BlockConfig
 from zoo.models.nemotron_nas.config import NemotronNasConfig, heads, hub_config, override, parse
 from zoo.models.nemotron_nas.plan import flops_per_token, plan
@@ -69,20 +68,8 @@ class Block(nn.Module):
 
 def build(config: NemotronNasConfig) -> CausalLM:
     """The model on the current default device and dtype, weights normal(0, initializer_range)."""
-    decoder = Decoder(
-        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-        num_layers=config.num_hidden_layers,
-        layer=partial(_layer, config),
-        norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        rotary_emb=RotaryEmbedding(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-        ),
-    )
-    model = CausalLM(decoder, tie_word_embeddings=config.tie_word_embeddings)
-    init_weights(model, std=config.initializer_range)
-    return model
+    norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+    return causal_lm(config, layer=partial(_layer, config), norm=norm)
 
 
 def _layer(config: NemotronNasConfig, index: int) -> Block:
