@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -87,13 +88,16 @@ def timed(*command: object) -> dict:
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     while process.poll() is None:
         found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
         peak = max(peak, int(found[1]) if found else 0)
         time.sleep(0.002)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed")
-    return {"seconds": time.perf_counter() - start, "anon_mib": peak / 1024}
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu, "anon_mib": peak / 1024}
 
 
 def turn(side: str, source: Path, out: Path, *, cold: bool) -> dict:

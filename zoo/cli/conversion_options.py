@@ -15,7 +15,9 @@ _OPTIONS = (
     ),
     click.option("--shard-size", metavar="SIZE", default="5GB", show_default=True, help="largest weight file"),
     click.option(
-        "--threads", type=click.IntRange(1, 64), help="writers at a time; the processors, up to 4, if not given"
+        "--threads",
+        type=click.IntRange(1, 64),
+        help="threads that read and write; twice the processors, up to 8, if not given",
     ),
 )
 

@@ -23,6 +23,9 @@ _SHORT, _ROW = 4 << 10, 16 << 10
 _WIDE = 4 << 20
 """Bytes of such rows that are read at a time."""
 
+_AHEAD = 8 << 20
+"""How far before its reader the disk is asked for the next bytes; threads that read by turns hide them from it."""
+
 Identity = tuple[int, int, int, int]
 
 
@@ -81,6 +84,8 @@ class Files:
 
     def _fill(self, file: Path, view: memoryview, position: int) -> None:
         descriptor = self._descriptor(file)
+        if len(view) > _ROW:
+            os.posix_fadvise(descriptor, position + _AHEAD, len(view), os.POSIX_FADV_WILLNEED)
         try:
             while view:
                 count = os.preadv(descriptor, [view], position)

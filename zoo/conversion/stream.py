@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -28,6 +28,8 @@ from zoo.core.errors import DataError
 
 Tick = Callable[[int], None]
 """Told of bytes as they are done; each byte is told twice, once written and once compared."""
+
+_RUN_BYTES = 256 << 20
 
 _Item = TypeVar("_Item")
 
@@ -50,23 +52,25 @@ class Stream:
         does not take them.
         """
         with ThreadPoolExecutor(1) as background:
-            for done in [self._finish(shard, background) for shard in shards]:
+            for done in [done for shard in shards for done in self._finish(shard, background)]:
                 done.result()
 
-    def _finish(self, shard: Shard, background: ThreadPoolExecutor) -> Future[None]:
+    def _finish(self, shard: Shard, background: ThreadPoolExecutor) -> Sequence[Future[None]]:
         """Write and compare a shard, which is put on the disk meanwhile."""
         blocks, file = list(shard.blocks()), self._directory / shard.name
-        known = [block for block in blocks if (shard.name, block.offset) in self._checksums]
-        self._tick(sum(block.length for block in known))
-        self._write(shard, [block for block in blocks if (shard.name, block.offset) not in self._checksums])
-        synced = background.submit(sync, file)
+        known = {block.offset for block in blocks if (shard.name, block.offset) in self._checksums}
+        self._tick(sum(block.length for block in blocks if block.offset in known))
+        synced = []
+        for run in _runs([block for block in blocks if block.offset not in known]):
+            self._write(shard, run)
+            synced.append(background.submit(sync, file))
         wrong = self._differing(shard, blocks)
         # A machine that went down may have kept the journal and lost the bytes.
-        lost = [block for block in wrong if block in known]
+        lost = [block for block in wrong if block.offset in known]
         if lost:
             self._write(shard, lost)
-            synced = background.submit(sync, file)
-            wrong = [block for block in wrong if block not in lost] + self._differing(shard, lost)
+            synced.append(background.submit(sync, file))
+            wrong = [block for block in wrong if block.offset not in known] + self._differing(shard, lost)
         if wrong:
             raise DataError(
                 f"{wrong[0].tensor.name} reads back differently from what was written; check the disk and try again"
@@ -118,8 +122,8 @@ def checksum(source: TensorSource, tensor: Outgoing, tick: Tick = lambda _count:
 
 
 def default_threads() -> int:
-    """Processors that this process may use, and no more than a disk can feed."""
-    return min(4, len(os.sched_getaffinity(0)))
+    """Twice the processors this process may use, as each thread waits for the disk half of its time; at most 8."""
+    return min(8, 2 * len(os.sched_getaffinity(0)))
 
 
 def in_parallel(threads: int, work: Callable[[_Item], None], items: Iterable[_Item]) -> None:
@@ -145,6 +149,18 @@ def in_parallel(threads: int, work: Callable[[_Item], None], items: Iterable[_It
         stack.pop_all()
     if errors:
         raise errors[0]
+
+
+def _runs(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
+    """At least one run, each but the last of `_RUN_BYTES`: the disk starts on one while the next is written."""
+    start = size = 0
+    for number, block in enumerate(blocks):
+        size += block.length
+        if size >= _RUN_BYTES:
+            yield blocks[start : number + 1]
+            start, size = number + 1, 0
+    if start < len(blocks) or not blocks:
+        yield blocks[start:]
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
