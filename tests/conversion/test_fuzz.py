@@ -34,7 +34,7 @@ def whole(registry):
 
 def test_broken_checkpoints_end_in_one_line():
     """In a process of its own: the watch cannot be taken off again, nor the limit of memory."""
-    command = [sys.executable, str(TOOL), "--examples", "1000", "--seed", "1", "--no-extremes"]
+    command = [sys.executable, str(TOOL), "--examples", "600", "--seed", "1", "--no-extremes"]
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # thousands of small files
     done = subprocess.run(command, env=os.environ | memory, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

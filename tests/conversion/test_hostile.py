@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from zoo.conversion import files as files_module
 from zoo.conversion import transfer as transfer_module
 from zoo.conversion.directory import open_directory
 from zoo.conversion.files import copy_file
@@ -317,6 +319,21 @@ def test_pipes_directories_and_loops_do_not_hang(checkpoint, name):
     assert f"{file}: cannot be read" in refusal(checkpoint)
 
 
+def test_a_pipe_that_takes_a_files_place_at_the_last_moment(checkpoint, monkeypatch):
+    file = checkpoint / "config.json"
+    status = os.lstat(file)
+    file.unlink()
+    os.mkfifo(file)
+    monkeypatch.setattr(files_module.os, "lstat", lambda _path: status)
+    monkeypatch.setattr(files_module.os.path, "realpath", lambda path, **_: str(path))
+    opened = threading.Thread(target=lambda: refusals.append(refusal(checkpoint)), daemon=True)
+    refusals = []
+    opened.start()
+    opened.join(timeout=5)
+    assert refusals
+    assert "not a regular file" in refusals[0]
+
+
 def test_a_pipe_in_place_of_a_shard(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[0]
     shard.unlink()
@@ -454,3 +471,18 @@ def test_a_tied_copy_without_its_original(checkpoint):
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(DataError, match="lacks model.embed_tokens.weight"):
         open_checked(str(checkpoint), Registry(Plugins.load()))
+
+
+def test_links_planted_where_the_target_grows_are_not_followed(checkpoint, tmp_path):
+    opened = open_checked(str(checkpoint), Registry(Plugins.load()))
+    victim, growing = tmp_path / "victim", tmp_path / ".out.unfinished"
+    victim.write_text("untouched")
+    growing.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        (growing / name).symlink_to(victim)
+    transfer(opened, HfConverter(), tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    (tmp_path / ".two.unfinished").symlink_to(checkpoint)
+    with pytest.raises(DataError, match=r"two\.unfinished is a link"):
+        transfer(opened, HfConverter(), tmp_path / "two")
+    assert victim.read_text() == "untouched"

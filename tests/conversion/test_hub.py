@@ -10,7 +10,7 @@ import socket
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file
 
@@ -269,6 +269,17 @@ def test_a_push_that_fails_leaves_the_export_and_the_repository(
     result = zoo("export", source, tmp_path / "out", "--push", NAME, "--private")
     failed_push(result, tmp_path / "out", word, "is whole", "--private")
     assert hub.repos.get(NAME, Repo()).files.keys() <= {".gitattributes"}
+
+
+def test_a_push_does_not_go_on_top_of_what_it_has_not_seen(zoo, hub, token, source, tmp_path, monkeypatch):
+    create = HfApi.create_commit
+
+    def after_another(api, repo, *operations, **more):
+        hub.repos[repo].commits.append("f" * 40)
+        return create(api, repo, *operations, **more)
+
+    monkeypatch.setattr(HfApi, "create_commit", after_another)
+    failed_push(zoo("export", source, tmp_path / "out", "--push", NAME), tmp_path / "out", "changed meanwhile")
 
 
 def test_a_push_says_what_would_not_fit_together(zoo, hub, token, source, tmp_path):
