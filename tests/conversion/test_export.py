@@ -214,7 +214,7 @@ def test_only_a_block_of_a_tensor_is_held(checkpoint, tmp_path, monkeypatch):
     model, reads = load_ours(checkpoint), []
 
     class Spy(ModuleSource):
-        def read(self, name, index):
+        def read(self, name, index, buffer=None):
             reads.append(super().read(name, index).numel())
             return super().read(name, index)
 

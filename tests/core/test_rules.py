@@ -45,7 +45,7 @@ class Memory:
     def dtype(self, name):
         return str(self.tensors[name].dtype).removeprefix("torch.")
 
-    def read(self, name, index):
+    def read(self, name, index, buffer=None):
         assert len(index) == self.tensors[name].ndim
         assert all(0 <= i.start <= i.stop <= size for i, size in zip(index, self.tensors[name].shape, strict=True))
         return self.tensors[name][index]

@@ -49,7 +49,7 @@ class Memory(dict):
     def dtype(self, name):
         return str(self[name].dtype).removeprefix("torch.")
 
-    def read(self, name, index):
+    def read(self, name, index, buffer=None):
         self.reads.append((name, index))
         return self[name][index]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from zoo.conversion.directory import CONFIG, MAX_COMPANION
 from zoo.conversion.files import read_bounded
 from zoo.conversion.progress import progress
@@ -49,7 +51,7 @@ def _differing(
 ) -> Mapping[str, str]:
     wrong: dict[str, str] = {}
 
-    def check(tensor: Outgoing) -> None:
+    def check(tensor: Outgoing, _buffer: Tensor) -> None:
         if right.dtype(tensor.name) != tensor.dtype:
             wrong[tensor.name] = f"{right.dtype(tensor.name)} and not {tensor.dtype}"
             return

@@ -68,12 +68,12 @@ class HubSource:
             digest.update(repr((file.name, header.identity[2:], sorted(header.tensors.items()))).encode())
         return digest.hexdigest()
 
-    def read(self, name: str, index: Index) -> Tensor:
+    def read(self, name: str, index: Index, buffer: Tensor | None = None) -> Tensor:
         """A piece in its stored dtype; little more than it is read. Raises DataError if the file changed meanwhile."""
         place = self._places[name]
         if any(not 0 <= i.start <= i.stop <= size for i, size in zip(index, place.shape, strict=True)):
             raise ValueError(f"{index} lies outside of {name}, which is {list(place.shape)}")
-        return self._files.read(place, index)
+        return self._files.read(place, index, buffer)
 
 
 def _shards(directory: Path, weight_map: Mapping[str, str], index: Path) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +48,14 @@ class Files:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, place: Place, index: Index) -> Tensor:
-        """A box of an array, `index` inside its shape. Reads about its bytes, and needs little more memory.
+    def read(self, place: Place, index: Index, buffer: Tensor | None = None) -> Tensor:
+        """A box of an array, `index` inside its shape, in `buffer` if it is there and large enough.
+
+        Reads about the box's bytes, and needs little more memory.
 
         Raises DataError if the file is missing, became shorter or changed, OSError where it cannot be read.
         """
-        out = torch.empty([i.stop - i.start for i in index], dtype=place.dtype)
+        out = _room([i.stop - i.start for i in index], place.dtype, buffer)
         outer, run = _run_dim(place, index), _run_bytes(place, index)
         if not out.numel():
             return out
@@ -109,6 +111,13 @@ class Files:
     def _check(self, file: Path, descriptor: int) -> None:
         if identity(descriptor) != self._identities[file]:
             raise DataError(f"{file}: changed since its header was checked; start again when nothing writes to it")
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if buffer is None or buffer.numel() < size or not size:
+        return torch.empty(shape, dtype=dtype)
+    return buffer[:size].view(dtype).view(shape)
 
 
 def _run_dim(place: Place, index: Index) -> int:

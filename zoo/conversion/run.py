@@ -83,11 +83,11 @@ class RunSource:
             digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()
 
-    def read(self, name: str, index: Index) -> Tensor:
+    def read(self, name: str, index: Index, buffer: Tensor | None = None) -> Tensor:
         """A piece in its stored dtype; little more than it is read. Raises DataError."""
         pieces = self._pieces(name)
         if len(pieces) == 1:
-            return self._files.read(pieces[0][1], index)
+            return self._files.read(pieces[0][1], index, buffer)
         out = torch.empty([i.stop - i.start for i in index], dtype=self._tensors[name].properties.dtype)
         for piece, place in pieces:
             if common := piece.of_ours(index):

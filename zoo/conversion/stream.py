@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.unfinished import Journal, sync
-from zoo.conversion.writer import Block, Outgoing, Shard
+from zoo.conversion.writer import BLOCK_BYTES, Block, Outgoing, Shard
 from zoo.core.contracts import TensorSource
 from zoo.core.errors import DataError
 
@@ -30,6 +30,7 @@ Tick = Callable[[int], None]
 """Told of bytes as they are done; each byte is told twice, once written and once compared."""
 
 _RUN_BYTES = 256 << 20
+_WIDEST = 4  # float64 read for bfloat16
 
 _Item = TypeVar("_Item")
 
@@ -88,8 +89,8 @@ class Stream:
         finally:
             os.close(descriptor)
 
-    def _write_block(self, shard: Shard, descriptor: int, block: Block) -> None:
-        data = _bytes(_cast(self._source.read(block.tensor.name, block.index), block.tensor))
+    def _write_block(self, shard: Shard, descriptor: int, block: Block, buffer: Tensor) -> None:
+        data = _bytes(_cast(self._source.read(block.tensor.name, block.index, buffer), block.tensor))
         total = zlib.crc32(data)
         _write_all(descriptor, data, block.offset)
         self._journal.add(shard.name, block.offset, total)
@@ -100,11 +101,9 @@ class Stream:
         """Blocks that a reader of the file finds with other bytes."""
         written, wrong = HubSource.single(self._directory / shard.name), list[Block]()
 
-        def compare(block: Block) -> None:
-            if (
-                zlib.crc32(_bytes(written.read(block.tensor.name, block.index)))
-                != self._checksums[shard.name, block.offset]
-            ):
+        def compare(block: Block, buffer: Tensor) -> None:
+            found = zlib.crc32(_bytes(written.read(block.tensor.name, block.index, buffer)))
+            if found != self._checksums[shard.name, block.offset]:
                 wrong.append(block)
             self._tick(block.length)
 
@@ -114,9 +113,9 @@ class Stream:
 
 def checksum(source: TensorSource, tensor: Outgoing, tick: Tick = lambda _count: None) -> int:
     """CRC-32 of a tensor's bytes as they are, or would be, written. Raises DataError."""
-    total = 0
+    total, buffer = 0, _buffer()
     for block in Shard("", [tensor]).blocks():
-        total = zlib.crc32(_bytes(_cast(source.read(tensor.name, block.index), tensor)), total)
+        total = zlib.crc32(_bytes(_cast(source.read(tensor.name, block.index, buffer), tensor)), total)
         tick(block.length)
     return total
 
@@ -126,18 +125,19 @@ def default_threads() -> int:
     return min(8, 2 * len(os.sched_getaffinity(0)))
 
 
-def in_parallel(threads: int, work: Callable[[_Item], None], items: Iterable[_Item]) -> None:
-    """Do all of it, items in about their order. The first error ends it and is raised."""
+def in_parallel(threads: int, work: Callable[[_Item, Tensor], None], items: Iterable[_Item]) -> None:
+    """Do all of it, items in about their order; `work` gets a buffer too. The first error ends it and is raised."""
     waiting, lock, errors = iter(items), threading.Lock(), list[BaseException]()
 
     def take() -> None:
+        buffer = _buffer()
         while not errors:
             with lock:
                 item = next(waiting, None)
             if item is None:
                 return
             try:
-                work(item)
+                work(item, buffer)
             except BaseException as error:
                 errors.append(error)
 
@@ -161,6 +161,11 @@ def _runs(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
             start, size = number + 1, 0
     if start < len(blocks) or not blocks:
         yield blocks[start:]
+
+
+def _buffer() -> Tensor:
+    """Room for a block in any dtype. Blocks from malloc would be kept by its arenas, some of them for each thread."""
+    return torch.empty(_WIDEST * BLOCK_BYTES, dtype=torch.uint8)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

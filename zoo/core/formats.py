@@ -27,10 +27,11 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> str:
         """torch's name of the stored dtype: `bfloat16`."""
 
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...], buffer: Tensor | None = None) -> Tensor:
         """A piece of one tensor, in its stored dtype. Slices have step 1 and lie inside the shape.
 
-        Several threads may read at once.
+        `buffer` is bytes `[N]` that the piece may be put into; without, or where it is too small, a source finds room
+        itself. Several threads may read at once.
         """
 
     def fingerprint(self) -> str:

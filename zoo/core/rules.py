@@ -217,15 +217,16 @@ class _Ours:
     def dtype(self, name: str) -> str:
         return _common_dtype({self.source.dtype(piece.hub) for piece in self.book.pieces[name]})
 
-    def read(self, name: str, index: Index) -> Tensor:
+    def read(self, name: str, index: Index, buffer: Tensor | None = None) -> Tensor:
         pieces = self.book.pieces[name]
         if len(pieces) == 1 and not pieces[0].stacked:
-            return self.source.read(pieces[0].hub, _moved(index, pieces[0].hub_start))
+            return self.source.read(pieces[0].hub, _moved(index, pieces[0].hub_start), buffer)
+        meeting = [(piece, common) for piece in pieces if (common := piece.of_ours(index))]
+        if len(meeting) == 1 and self.dtype(name) == self.source.dtype(meeting[0][0].hub):
+            return self.source.read(meeting[0][0].hub, meeting[0][1][1], buffer).reshape(_extent(index))
         out = torch.empty(_extent(index), dtype=getattr(torch, self.dtype(name)))
-        for piece in pieces:
-            if common := piece.of_ours(index):
-                here, there = common
-                out[here] = self.source.read(piece.hub, there).view(out[here].shape)
+        for piece, (here, there) in meeting:
+            out[here] = self.source.read(piece.hub, there).view(out[here].shape)
         return out
 
 
@@ -249,10 +250,10 @@ class _Hub:
     def dtype(self, name: str) -> str:
         return _common_dtype({self.source.dtype(ours) for ours, _ in self.book.hub[name]})
 
-    def read(self, name: str, index: Index) -> Tensor:
+    def read(self, name: str, index: Index, buffer: Tensor | None = None) -> Tensor:
         places = self.book.hub[name]
         if len(places) == 1 and (common := places[0][1].of_hub(index)):
-            return self.source.read(places[0][0], common[1]).reshape(_extent(index))
+            return self.source.read(places[0][0], common[1], buffer).reshape(_extent(index))
         out = torch.empty(_extent(index), dtype=getattr(torch, self.dtype(name)))
         for ours, piece in places:
             if common := piece.of_hub(index):

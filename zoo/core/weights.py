@@ -36,7 +36,7 @@ class ModuleSource:
     def fingerprint(self) -> str:
         return ""
 
-    def read(self, name: str, index: Index) -> Tensor:
+    def read(self, name: str, index: Index, buffer: Tensor | None = None) -> Tensor:
         return self.model.get_parameter(name).detach()[index]
 
 
