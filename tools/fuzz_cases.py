@@ -138,6 +138,13 @@ def bases(registry: Registry) -> list[tuple[str, Files]]:
 def _small_fields(entry: ModelEntry, spec: ModelSpec, *, tied: bool) -> dict[str, Any]:
     known = spec.hub_config(spec.parse(next(iter(entry.sizes.values()))))
     over = {key: value for key, value in (_SMALL | {"tie_word_embeddings": tied}).items() if key in known}
+    # What is said layer by layer gets shorter with them.
+    layers = known["num_hidden_layers"]
+    over |= {
+        key: value[: over["num_hidden_layers"]]
+        for key, value in known.items()
+        if isinstance(value, list) and len(value) == layers and key != "eos_token_id"
+    }
     return dict(spec.override(known, over))
 
 
