@@ -45,6 +45,7 @@ class Stream:
         self._threads = threads
         self._tick = tick
         self._checksums = dict(journal.found)
+        self._writing = threading.Lock()
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Returns when everything is on the disk.
@@ -65,8 +66,10 @@ class Stream:
         for run in _runs([block for block in blocks if block.offset not in known]):
             self._write(shard, run)
             synced.append(background.submit(sync, file))
-        wrong = self._differing(shard, blocks)
         # A machine that went down may have kept the journal and lost the bytes.
+        if file.stat().st_size != shard.size:
+            os.truncate(file, shard.size)
+        wrong = self._differing(shard, blocks)
         lost = [block for block in wrong if block.offset in known]
         if lost:
             self._write(shard, lost)
@@ -84,15 +87,15 @@ class Stream:
         try:
             _write_all(descriptor, memoryview(shard.header), 0)
             in_parallel(self._threads, partial(self._write_block, shard, descriptor), blocks)
-            if os.fstat(descriptor).st_size != shard.size:
-                os.ftruncate(descriptor, shard.size)
         finally:
             os.close(descriptor)
 
     def _write_block(self, shard: Shard, descriptor: int, block: Block, buffer: Tensor) -> None:
         data = _bytes(_cast(self._source.read(block.tensor.name, block.index, buffer), block.tensor))
         total = zlib.crc32(data)
-        _write_all(descriptor, data, block.offset)
+        # A file takes one write at a time; who waits here leaves the processor to who reads.
+        with self._writing:
+            _write_all(descriptor, data, block.offset)
         self._journal.add(shard.name, block.offset, total)
         self._checksums[shard.name, block.offset] = total
         self._tick(block.length)
