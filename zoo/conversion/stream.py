@@ -45,6 +45,7 @@ class Stream:
         self._threads = threads
         self._tick = tick
         self._checksums = dict(journal.found)
+        self._writing = threading.Lock()
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Returns when everything is on the disk.
@@ -52,31 +53,41 @@ class Stream:
         Raises DataError where a value overflows its new dtype or bytes read back differently, OSError where the disk
         does not take them.
         """
-        with ThreadPoolExecutor(1) as background:
-            for done in [done for shard in shards for done in self._finish(shard, background)]:
+        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as reader:
+            waiting: list[Future[None]] = []
+            for shard in shards:
+                waiting += self._fill(shard, disk)
+                # Compared while the next one is written.
+                waiting.append(reader.submit(self._check, shard))
+            for done in waiting:
                 done.result()
 
-    def _finish(self, shard: Shard, background: ThreadPoolExecutor) -> Sequence[Future[None]]:
-        """Write and compare a shard, which is put on the disk meanwhile."""
+    def _fill(self, shard: Shard, disk: ThreadPoolExecutor) -> Sequence[Future[None]]:
+        """Write what the journal lacks of a shard, which is put on the disk meanwhile."""
         blocks, file = list(shard.blocks()), self._directory / shard.name
-        known = {block.offset for block in blocks if (shard.name, block.offset) in self._checksums}
-        self._tick(sum(block.length for block in blocks if block.offset in known))
-        synced = []
-        for run in _runs([block for block in blocks if block.offset not in known]):
+        todo = [block for block in blocks if (shard.name, block.offset) not in self._checksums]
+        self._tick(sum(block.length for block in blocks) - sum(block.length for block in todo))
+        syncs = []
+        for run in _runs(todo):
             self._write(shard, run)
-            synced.append(background.submit(sync, file))
-        wrong = self._differing(shard, blocks)
+            syncs.append(disk.submit(sync, file))
+        if file.stat().st_size != shard.size:
+            os.truncate(file, shard.size)
+        return syncs
+
+    def _check(self, shard: Shard) -> None:
+        """Compare a shard as it is now. Blocks of an earlier attempt may be lost; they are written again."""
+        wrong = self._differing(shard, list(shard.blocks()))
         # A machine that went down may have kept the journal and lost the bytes.
-        lost = [block for block in wrong if block.offset in known]
+        lost = [block for block in wrong if (shard.name, block.offset) in self._journal.found]
         if lost:
             self._write(shard, lost)
-            synced.append(background.submit(sync, file))
-            wrong = [block for block in wrong if block.offset not in known] + self._differing(shard, lost)
+            sync(self._directory / shard.name)
+            wrong = [block for block in wrong if block not in lost] + self._differing(shard, lost)
         if wrong:
             raise DataError(
                 f"{wrong[0].tensor.name} reads back differently from what was written; check the disk and try again"
             )
-        return synced
 
     def _write(self, shard: Shard, blocks: Sequence[Block]) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -84,15 +95,15 @@ class Stream:
         try:
             _write_all(descriptor, memoryview(shard.header), 0)
             in_parallel(self._threads, partial(self._write_block, shard, descriptor), blocks)
-            if os.fstat(descriptor).st_size != shard.size:
-                os.ftruncate(descriptor, shard.size)
         finally:
             os.close(descriptor)
 
     def _write_block(self, shard: Shard, descriptor: int, block: Block, buffer: Tensor) -> None:
         data = _bytes(_cast(self._source.read(block.tensor.name, block.index, buffer), block.tensor))
         total = zlib.crc32(data)
-        _write_all(descriptor, data, block.offset)
+        # A file takes one write at a time; who waits here leaves the processor to who reads.
+        with self._writing:
+            _write_all(descriptor, data, block.offset)
         self._journal.add(shard.name, block.offset, total)
         self._checksums[shard.name, block.offset] = total
         self._tick(block.length)

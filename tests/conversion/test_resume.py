@@ -1,0 +1,212 @@
+"""Killed, out of room, or beside another: the same command ends with the same bytes, and nothing half looks whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conversion.test_run import run  # noqa: F401
+from zoo.conversion import stream, unfinished, writer
+from zoo.conversion.compare import compare
+from zoo.conversion.hf import CONVERTER
+from zoo.conversion.transfer import open_checked, transfer
+from zoo.core.errors import DataError
+from zoo.core.plugins import Plugins
+from zoo.core.registry import Registry
+
+REGISTRY = Registry(Plugins.load())
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """A conversion of many blocks and runs; the types are the same, so a buffer of bytes is enough."""
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(stream, "_RUN_BYTES", 8192)
+
+
+def convert(source, out, **options):
+    options = {"shard_size": "40KB", "threads": 2} | options
+    return transfer(open_checked(str(source), REGISTRY), CONVERTER, out, **options)
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def hidden(out) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def slowly(monkeypatch, seconds=0.002):
+    """Writes take so long that a kill meets one."""
+    write_all = stream._write_all
+    monkeypatch.setattr(stream, "_write_all", lambda *arguments: (time.sleep(seconds), write_all(*arguments)))
+
+
+def kill_after(seconds, source, out) -> bool:
+    """Convert in a process that is killed then; whether it was done before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            convert(source, out)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_kill_at_any_moment_and_again(kind, checkpoint, request, tmp_path, monkeypatch):
+    source = checkpoint if kind == "import" else request.getfixturevalue("run")
+    convert(source, tmp_path / "undisturbed")
+    slowly(monkeypatch)
+    draw, kills, counts = random.Random(kind), 0, []
+    while kills < 6 and not kill_after(draw.uniform(0.03, 0.25), source, tmp_path / "out"):
+        kills += 1
+        assert not (tmp_path / "out").exists()
+        journal = hidden(tmp_path / "out") / unfinished.JOURNAL
+        counts.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
+    assert kills >= 2
+    assert counts == sorted(counts), "a later attempt began anew"
+    if not (tmp_path / "out").exists():
+        convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not hidden(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_a_full_disk(kind, checkpoint, request, tmp_path):
+    source = checkpoint if kind == "import" else request.getfixturevalue("run")
+    convert(source, tmp_path / "undisturbed", shard_size="5GB")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="kept in .*type the same command again to complete it") as error:
+            convert(source, tmp_path / "out", shard_size="5GB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished.Journal, "add", lambda _self, _file, offset, _checksum: written.append(offset))
+        convert(source, tmp_path / "out", shard_size="5GB")
+    assert written
+    assert min(written) > 40_000, "what was there was written again"
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_no_room_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(DataError, match=r"needed and 1e-06 GB free.*nothing was left behind"):
+        convert(checkpoint, tmp_path / "out")
+    assert not hidden(tmp_path / "out").exists()
+
+
+@pytest.fixture
+def half(checkpoint, tmp_path, monkeypatch):
+    """Source and OUT of a conversion that broke off in its middle."""
+    with monkeypatch.context() as patch:
+        write_all, calls = stream._write_all, []
+
+        def fails(*arguments):
+            calls.append(arguments)
+            if len(calls) > 60:
+                raise OSError(28, "No space left on device")
+            write_all(*arguments)
+
+        patch.setattr(stream, "_write_all", fails)
+        with pytest.raises(DataError, match="No space left on device"):
+            convert(checkpoint, tmp_path / "out")
+    return checkpoint, tmp_path / "out"
+
+
+def test_another_conversion_does_not_go_on_with_it(half, tmp_path):
+    source, out = half
+    for number, options in enumerate([{"dtype": "bfloat16", "shard_size": "20KB"}, {"shard_size": "60KB"}]):
+        convert(source, tmp_path / f"undisturbed-{number}", **options)
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(hidden(out), hidden(copy))
+        convert(source, copy, **options)
+        assert contents(copy) == contents(tmp_path / f"undisturbed-{number}")
+
+
+def test_another_source_does_not_go_on_with_it(half, tmp_path):
+    source, out = half
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    convert(source, tmp_path / "undisturbed")
+    convert(source, out)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_bytes_that_a_crash_lost_are_written_again(half, tmp_path):
+    """A machine that goes down may keep a journal's line and lose the block, or half of the line."""
+    source, out = half
+    shard = next(hidden(out).glob("model-00001*"))
+    with shard.open("r+b") as file:
+        file.seek(20_000)
+        file.write(bytes(3000))
+    with (hidden(out) / unfinished.JOURNAL).open("ab") as journal:
+        journal.write(b"00aa11bb 123")
+    convert(source, tmp_path / "undisturbed")
+    convert(source, out)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_one_process_at_a_time(half):
+    source, out = half
+    before = contents(hidden(out))
+    with (hidden(out) / unfinished.JOURNAL).open("rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is writing"):
+            convert(source, out)
+    assert contents(hidden(out)) == before
+    convert(source, out)
+
+
+def test_verify_compares_both_sides_and_writes_nothing(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    convert(checkpoint, out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    source = open_checked(str(checkpoint), REGISTRY)
+    assert "21 tensors and 4 files" in compare(source, open_checked(str(out), REGISTRY))
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+    with pytest.raises(DataError, match="float32 and not bfloat16"):
+        compare(source, open_checked(str(out), REGISTRY), dtype="bfloat16")
+    shard = sorted(out.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"no copy of .*model\.layers\.\S+: CRC-32 \w{8} and not \w{8}"):
+        compare(source, open_checked(str(out), REGISTRY))
+
+
+def test_verify_compares_files_too(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match="tokenizer_config.json differs"):
+        compare(open_checked(str(checkpoint), REGISTRY), open_checked(str(tmp_path / "out"), REGISTRY))
+
+
+def test_checksums_are_those_of_the_bytes(checkpoint):
+    source = open_checked(str(checkpoint), REGISTRY).checkpoint.tensors
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        outgoing = writer.Outgoing(name, tuple(tensor.shape), "float32")
+        assert stream.checksum(source, outgoing) == zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
