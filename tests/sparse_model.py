@@ -138,10 +138,14 @@ class Run:
             result.append(batch)
         return result
 
+    def update(self, micro_batch=1):
+        """One step: what this rank knows of it."""
+        trained = sum(row.trained_tokens for row in rows())
+        return train_step(self.state, self.batches(micro_batch), trained, ROWS)
+
     def step(self, micro_batch=1):
         """One step: loss, gradient norm and report of all ranks together."""
-        trained = sum(row.trained_tokens for row in rows())
-        result = train_step(self.state, self.batches(micro_batch), trained, ROWS)
+        result = self.update(micro_batch)
         parts = {"loss": result.loss, **result.report}
         if self.mesh:
             for part in parts.values():
@@ -153,6 +157,17 @@ def whole(model, *, gradients=False):
     """Parameters (or their gradients) as plain whole tensors."""
     values = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in values.items()}
+
+
+def moments(run):
+    """Both moments of every parameter as plain whole tensors."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    slots = {
+        f"{slot}.{names[parameter]}": state[slot]
+        for parameter, state in run.state.optimizer.state.items()
+        for slot in ("exp_avg", "exp_avg_sq")
+    }
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in slots.items()}
 
 
 def two_steps(degrees, coefficient, biased, memory="none", **choices):
