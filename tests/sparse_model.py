@@ -18,8 +18,10 @@ from zoo.plugins.attention.dense import Dense
 from zoo.plugins.context.ring import Ring
 from zoo.plugins.memory.policies import KeepAll, RecomputeBlocks
 from zoo.plugins.parallel.context import ContextParallel
+from zoo.plugins.parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.expert import ExpertParallel
 from zoo.plugins.parallel.fsdp import FullyShardedData
+from zoo.plugins.parallel.zero1 import ShardedOptimizer
 
 VOCAB, WIDTH, INNER, EXPERTS, LAYERS, SEQ, ROWS = 23, 16, 24, 8, 2, 24, 8
 IDLE = (6, 7)
@@ -75,22 +77,38 @@ def rows():
     return result
 
 
-def setup(degrees, dtype="float64"):
+def setup(degrees, dtype="float64", **choices):
     context = ContextSetup(schemes={None: Ring()}, windows={None: LAYERS}) if degrees.cp > 1 else None
-    return Setup(seq=SEQ, context=context, dtype=dtype, master_dtype="float32" if dtype == "bfloat16" else dtype)
+    master = "float32" if dtype == "bfloat16" else dtype
+    return Setup(seq=SEQ, context=context, dtype=dtype, master_dtype=master, **choices)
 
 
 class Run:
-    """A model under a layout on this rank, ready to step."""
+    """A model under a layout on this rank, ready to step. `choices` are fields of Setup: data_parallel, reshard.
 
-    def __init__(self, degrees, coefficient, *, biased, memory="none", dtype="float64"):
-        self.degrees, self.setup = Degrees(**degrees), setup(Degrees(**degrees), dtype)
-        every = (ContextParallel(), ExpertParallel(), FullyShardedData())
+    It is the Mixtral of above, or another if `spec`, its config and a module with its weights are given.
+    """
+
+    def __init__(
+        self,
+        degrees,
+        coefficient=None,
+        *,
+        biased=False,
+        memory="none",
+        dtype="float64",
+        model=None,
+        clip=0.1,
+        **choices,
+    ):
+        self.degrees, self.setup = Degrees(**degrees), setup(Degrees(**degrees), dtype, **choices)
+        every = (ContextParallel(), ExpertParallel(), FullyShardedData(), ReplicatedData(), ShardedOptimizer())
+        spec, model_config, start = model or (SPEC, config(coefficient), source(coefficient, biased=biased))
         self.adapters = [a for a in every if a.applies(self.degrees.mapping(), self.setup)]
         self.mesh = Mesh(self.degrees, "cpu") if self.adapters else None
         self.model = order.build(
-            SPEC,
-            config(coefficient),
+            spec,
+            model_config,
             mesh=self.mesh,
             setup=self.setup,
             backend=Dense(),
@@ -98,29 +116,36 @@ class Run:
             policy=RecomputeBlocks() if memory == "full" else KeepAll(),
             device=torch.device("cpu"),
         )
-        weights.load_into(self.model, weights.ModuleSource(source(coefficient, biased=biased)), ())
+        weights.load_into(self.model, weights.ModuleSource(start), ())
         optimizer = build_optimizer(self.model, OptimSection(lr=3e-3))
-        self.state = TrainState(self.model, optimizer, build_schedule(ScheduleSection(steps=10)), lr=3e-3, clip=0.1)
+        begin = order.microbatch_hook(self.model, self.adapters)
+        schedule = build_schedule(ScheduleSection(steps=10))
+        self.state = TrainState(self.model, optimizer, schedule, lr=3e-3, clip=clip, begin_microbatch=begin)
         self.gradients = {}
         optimizer.register_step_pre_hook(lambda *_: self.gradients.update(whole(self.model, gradients=True)))
 
-    def batches(self):
-        """This rank's microbatches of one row each."""
+    def batches(self, micro_batch=1):
+        """This rank's microbatches of so many rows each."""
         mesh, every = self.mesh, rows()
-        first = mesh.rank("dp_shard") if mesh else 0
+        first = mesh.rank("dp_replicate") * self.degrees.dp_shard + mesh.rank("dp_shard") if mesh else 0
         each = ROWS // self.degrees.dp
+        mine = every[first * each : (first + 1) * each]
         result = []
-        for row in every[first * each : (first + 1) * each]:
-            batch = collate([row])
+        for start in range(0, each, micro_batch):
+            batch = collate(mine[start : start + micro_batch])
             for adapter in self.adapters:
                 batch = adapter.shard_batch(batch, mesh, self.setup)
             result.append(batch)
         return result
 
-    def step(self):
-        """One step: loss, gradient norm and report of all ranks together."""
+    def update(self, micro_batch=1):
+        """One step: what this rank knows of it."""
         trained = sum(row.trained_tokens for row in rows())
-        result = train_step(self.state, self.batches(), trained, ROWS)
+        return train_step(self.state, self.batches(micro_batch), trained, ROWS)
+
+    def step(self, micro_batch=1):
+        """One step: loss, gradient norm and report of all ranks together."""
+        result = self.update(micro_batch)
         parts = {"loss": result.loss, **result.report}
         if self.mesh:
             for part in parts.values():
@@ -134,9 +159,20 @@ def whole(model, *, gradients=False):
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in values.items()}
 
 
-def two_steps(degrees, coefficient, biased, memory="none"):
+def moments(run):
+    """Both moments of every parameter as plain whole tensors."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    slots = {
+        f"{slot}.{names[parameter]}": state[slot]
+        for parameter, state in run.state.optimizer.state.items()
+        for slot in ("exp_avg", "exp_avg_sq")
+    }
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in slots.items()}
+
+
+def two_steps(degrees, coefficient, biased, memory="none", **choices):
     """Everything that two steps leave: numbers of each, gradients of each, parameters."""
-    run = Run(degrees, coefficient, biased=biased, memory=memory)
+    run = Run(degrees, coefficient, biased=biased, memory=memory, **choices)
     result = {}
     for step in (1, 2):
         result |= {f"{step}.{name}": value for name, value in run.step().items()}

@@ -62,7 +62,7 @@ def checkpoint(tmp_path):
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
-        (("llama3", "--tp", "2"), 2, ["--tp 2", "'tp'", "cp, dp_shard"]),
+        (("llama3", "--tp", "2"), 2, ["--tp 2", "'tp'", "cp, dp_replicate, dp_shard"]),
         (("llama3", "--cp", "0"), 2, ["--cp 0", "at least 1"]),
         (("llama4",), 2, ["llama4", "did you mean 'llama3'"]),
         (("llama3", "--size", "7b"), 2, ["'7b'", "8b", "--from"]),

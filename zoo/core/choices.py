@@ -20,6 +20,7 @@ from zoo.core.job import Job
 from zoo.core.mesh import AXES, Degrees
 from zoo.core.plugins import PluginStatus
 from zoo.core.registry import Registry
+from zoo.core.suggest import did_you_mean
 
 Named = TypeVar("Named")
 
@@ -66,12 +67,42 @@ def check_layout(registry: Registry, request: LayoutRequest, setup: Setup) -> li
         registry.parallel_adapters.load(name)() for name in registry.parallel_adapters.names()
     ]
     adapters = [adapter for adapter in every if adapter.applies(request.degrees, setup)]
+    _check_applied(request.degrees, adapters, setup)
     objections = [adapter.check(request) for adapter in adapters]
     objections += [f"{sentence} (says plugin {plugin})" for plugin, sentence in registry.check_layout(request)]
     first = next((objection for objection in objections if objection), None)
     if first:
         raise UsageError(first)
     return adapters
+
+
+def choose_data_parallel(job: Job, registry: Registry) -> str:
+    """The adapter asked for, of those that serve dp_shard; `auto` is fsdp, or the first one where it is missing.
+
+    Raises UsageError if it is not one of them.
+    """
+    wanted = job.layout.data_parallel
+    names = [entry.name for entry in registry.parallel_adapters if "dp_shard" in entry.axes]
+    if wanted == "auto":
+        return next((name for name in ("fsdp", *names) if name in names), wanted)
+    if wanted not in names:
+        hint = did_you_mean(wanted, names)
+        raise UsageError(
+            f"--data-parallel {wanted}: no plugin here offers it; "
+            f"there are {', '.join(names) or 'none'}{f' ({hint})' if hint else ''}"
+        )
+    return wanted
+
+
+def _check_applied(degrees: Mapping[str, int], adapters: Sequence[ParallelAdapter], setup: Setup) -> None:
+    """Every rank has a meaning: each axis in use is served, and somebody adds up gradients wherever rows are cut."""
+    needed = {axis for axis in (*AXES, "ep") if degrees[axis] > 1} | ({"dp_shard"} if degrees["cp"] > 1 else set())
+    idle = sorted(needed - {axis for adapter in adapters for axis in adapter.axes})
+    if idle:
+        raise UsageError(
+            f"--data-parallel {setup.data_parallel}: no adapter that applies serves the axis '{idle[0]}', so its ranks "
+            f"would not add up their gradients; see `zoo plugins`"
+        )
 
 
 def choose_policy(

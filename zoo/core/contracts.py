@@ -355,6 +355,9 @@ class Setup:
     """Type of the arithmetic."""
     master_dtype: str
     """Type of the weights, of their gradients' sums and of the optimizer state."""
+    data_parallel: str = "fsdp"
+    """The adapter that decides how weights live over dp_replicate x dp_shard x cp."""
+    reshard: bool = True
 
 
 class ParallelAdapter(Protocol):

@@ -44,6 +44,7 @@ FLAGS = (
     Flag("ep", "layout.ep", "expert-parallel degree", "N"),
     Flag("dp-shard", "layout.dp_shard", "data-parallel degree that shards the weights; fills the machine", "N"),
     Flag("dp-replicate", "layout.dp_replicate", "data-parallel degree that replicates them", "N"),
+    Flag("data-parallel", "layout.data_parallel", "how weights live over data-parallel ranks: fsdp, zero1 or ddp"),
     Flag("cp-scheme", "layout.cp_scheme", "how K/V travel: auto, a scheme, or ring,halo: without and with a window"),
     Flag("attn", "attention.backend", "attention kernel: auto or a backend's name"),
     Flag("memory", "memory.policy", "what is kept for backward: auto, none, full"),

@@ -87,6 +87,10 @@ class LayoutSection:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    data_parallel: str = "auto"
+    """How weights live over dp_replicate x dp_shard x cp: fsdp, zero1, ddp; auto is fsdp."""
+    reshard: bool = True
+    """Under fsdp, whether a block's weights are given up after its forward and gathered again for its backward."""
     cp_scheme: str = "auto"
     """A scheme for all layers, or two, `ring,halo`: for layers without a sliding window and for those with one."""
     cp_balance: str = "auto"
@@ -274,6 +278,8 @@ def _coerce(value: Any, target: dataclasses.Field[Any], where: str) -> Any:
         return parse_tokens(value, name=where)
     if typing.get_origin(kind) is tuple:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    if kind is bool and not isinstance(value, bool):
+        raise UsageError(f"{where}: '{value}' is not true or false")
     try:
         if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
             raise ValueError

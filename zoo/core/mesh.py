@@ -96,10 +96,13 @@ def _check_fold(ep: int, dp_shard: int, cp: int) -> None:
 
 
 class Mesh:
-    """One-axis meshes by name; all process groups are made here.
+    """Meshes by name; all process groups are made here.
 
     Every axis of `AXES`; `fsdp` = dp_shard x cp; and for experts the same ranks as `efsdp` x `ep` (`efsdp` alone
     without expert parallelism): those of an `ep` group are neighbours, those of an `efsdp` group share experts.
+
+    With copies over dp_replicate, `hsdp` is the plane dp_replicate x fsdp and `ddp` the same ranks as one axis;
+    `ehsdp` and `eddp` are those of dp_replicate x efsdp. Without copies the four are `fsdp` and `efsdp` themselves.
     """
 
     def __init__(self, degrees: Degrees, device_type: str) -> None:
@@ -113,10 +116,21 @@ class Mesh:
             # Of the same root as `fsdp`, without which FSDP2 and DTensor refuse to combine the two.
             experts = fsdp._unflatten(0, (fsdp.size() // degrees.ep, degrees.ep), ("efsdp", "ep"))
             self._axes |= {axis: experts[axis] for axis in ("efsdp", "ep")}
+        self._axes["hsdp"], self._axes["ddp"] = self._with_copies("fsdp", "ddp")
+        self._axes["ehsdp"], self._axes["eddp"] = self._axes["hsdp"], self._axes["ddp"]
+        if degrees.ep > 1:
+            self._axes["ehsdp"], self._axes["eddp"] = self._with_copies("efsdp", "eddp")
         self._host = {axis: self._host_group(axis) for axis in PEER_AXES if getattr(degrees, axis) > 1}
 
+    def _with_copies(self, axis: str, flat: str) -> tuple[DeviceMesh, DeviceMesh]:
+        """The plane dp_replicate x axis, and the same ranks as one axis named `flat`; without copies, the axis."""
+        if self.size("dp_replicate") == 1:
+            return self._axes[axis], self._axes[axis]
+        plane = DeviceMesh._concatenate([self._axes["dp_replicate"], self._axes[axis]])
+        return plane, plane._flatten(flat)
+
     def __getitem__(self, axis: str) -> DeviceMesh:
-        """The ranks that differ from this one in that axis only."""
+        """The ranks that differ from this one in that axis only; in two of them for `hsdp` and `ehsdp`."""
         return self._axes[axis]
 
     def host_group(self, axis: str) -> ProcessGroup:

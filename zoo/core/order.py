@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,6 +15,25 @@ from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
     from zoo.core.mesh import Mesh
+
+
+@runtime_checkable
+class Accumulating(Protocol):
+    """An adapter that treats the last microbatch of a step otherwise than those before it."""
+
+    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
+        """Called with the built model before each microbatch's forward."""
+
+
+def microbatch_hook(model: nn.Module, adapters: Sequence[ParallelAdapter]) -> Callable[[bool], None]:
+    """What a step calls before each microbatch, told whether it is the last."""
+    told = [adapter for adapter in adapters if isinstance(adapter, Accumulating)]
+
+    def begin(last: bool) -> None:
+        for adapter in told:
+            adapter.begin_microbatch(model, last=last)
+
+    return begin
 
 
 def build(

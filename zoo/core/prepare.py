@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.core.attention.row_layout import BALANCES
 from zoo.core.batch import MASKS
-from zoo.core.choices import check_layout, choose_attention, choose_policy, describe_layout
+from zoo.core.choices import check_layout, choose_attention, choose_data_parallel, choose_policy, describe_layout
 from zoo.core.context_choice import choose_schemes, settled
 from zoo.core.contracts import (
     AttentionBackend,
@@ -127,6 +127,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     )
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
+    job = job.replace("layout", data_parallel=choose_data_parallel(job, registry))
     setup = _setup(job, schemes, request.windows, dtype)
     adapters = check_layout(registry, replace(request, schemes=schemes), setup)
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
@@ -249,6 +250,8 @@ def _setup(
         dtype=dtype,
         # Weights and optimizer state are never held below fp32.
         master_dtype="float32" if dtype == "bfloat16" else dtype,
+        data_parallel=job.layout.data_parallel,
+        reshard=job.layout.reshard,
     )
 
 

@@ -23,6 +23,8 @@ class TrainState:
     lr: float
     clip: float
     step: int = 0
+    begin_microbatch: Callable[[bool], None] = lambda _last: None
+    """Told before each microbatch whether it is the step's last: sums over ranks may wait until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], trained_tokens: int,
     total: Tensor | None = None
     report: dict[str, Tensor] = {}
     for batch in batches:
+        state.begin_microbatch(batch is batches[-1])
         losses = _losses(state.model(batch.tokens, batch.positions, batch.mask, batch.labels))
         share = batch.num_rows / global_rows
         loss: Tensor = losses.tokens / max(1, trained_tokens) + losses.rows * share

@@ -216,6 +216,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         schedule=build_schedule(job.schedule),
         lr=job.optim.lr,
         clip=job.optim.clip,
+        begin_microbatch=order.microbatch_hook(model, prepared.adapters),
     )
 
 

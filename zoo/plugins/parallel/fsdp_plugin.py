@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism over dp_shard x cp."""
+"""Fully sharded data parallelism over dp_shard x cp, and its copies over dp_replicate."""
 
 from zoo.core.entries import ParallelAdapterEntry
 from zoo.core.hookspecs import hookimpl
@@ -11,7 +11,7 @@ def zoo_register_parallel_adapters() -> list[ParallelAdapterEntry]:
         ParallelAdapterEntry(
             name="fsdp",
             target="zoo.plugins.parallel.fsdp:FullyShardedData",
-            axes=("dp_shard", "cp"),
-            help="weights, gradients and optimizer state sharded over dp_shard x cp (FSDP2)",
+            axes=("dp_replicate", "dp_shard"),
+            help="weights, gradients and optimizer state sharded over dp_shard x cp (FSDP2); copies over dp_replicate",
         )
     ]

@@ -1,0 +1,57 @@
+"""Replicated data parallelism: every rank of dp_replicate x dp_shard x cp holds weights and optimizer state whole.
+
+Gradients add up on the rank over a step's microbatches and are all-reduced once, a bucket a block, while the last
+backward goes on. torch's composable `replicate` does it: parameters become DTensors that say they are replicated, so
+names stay, the gradient norm counts them once, and they may be cut by other axes besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.plugins.parallel import units
+
+if TYPE_CHECKING:
+    from zoo.core.batch import Batch
+    from zoo.core.mesh import Mesh
+
+
+class ReplicatedData:
+    """`replicate` of every block and of the root, summing gradients."""
+
+    name: ClassVar[str] = "ddp"
+    axes: ClassVar[tuple[str, ...]] = units.AXES
+    phase: ClassVar[Phase] = Phase.WRAP
+
+    def check(self, request: LayoutRequest) -> str | None:
+        """Nothing is cut, so nothing can be in the way."""
+        return None
+
+    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+        """Also on one rank when arithmetic and weights differ in type."""
+        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
+        return setup.data_parallel == self.name and (ranks > 1 or units.casts(setup))
+
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+        """Replicate in place; experts over the ranks that hold the same ones."""
+        policy = units.precision(setup)
+        units.wrap(
+            model,
+            plan,
+            expert=lambda unit: replicate(unit, mesh=mesh["eddp"], mp_policy=policy),
+            dense=lambda unit: replicate(unit, mesh=mesh["ddp"], mp_policy=policy),
+        )
+        return model
+
+    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
+        """Nothing travels before the last."""
+        units.root(model).set_requires_gradient_sync(last)
+
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+        """Unchanged: the feed gives each data-parallel rank its own rows."""
+        return batch

@@ -1,0 +1,105 @@
+"""What the data-parallel adapters share: the units they work on, one after another, and sums instead of means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan, Setup
+from zoo.core.seams import find
+
+if TYPE_CHECKING:
+    from zoo.core.mesh import Mesh
+
+AXES = ("dp_replicate", "dp_shard")
+"""The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
+
+
+def precision(setup: Setup) -> MixedPrecisionPolicy:
+    """Weights in the master type, arithmetic in another, gradients reduced and added up in the master type."""
+    return MixedPrecisionPolicy(
+        param_dtype=getattr(torch, setup.dtype), reduce_dtype=getattr(torch, setup.master_dtype)
+    )
+
+
+def casts(setup: Setup) -> bool:
+    """Whether arithmetic and weights differ in type, which takes an adapter even on one rank."""
+    return setup.dtype != setup.master_dtype
+
+
+def wrap(
+    model: nn.Module, plan: ParallelPlan, *, expert: Callable[[nn.Module], object], dense: Callable[[nn.Module], object]
+) -> None:
+    """Give experts, then blocks, then the root to `expert` and `dense`, which make FSDPModules of them in place.
+
+    Losses are sums over a global count, so gradients add up: the mean over ranks is turned off everywhere.
+    """
+    experts = [name for glob in plan.expert for name in find(model, glob)]
+    for name in experts:
+        expert(model.get_submodule(name))
+    for name in find(model, plan.block):
+        dense(model.get_submodule(name))
+    dense(model)
+    for name in find(model, plan.block):
+        # The router makes the host wait in the middle of the block, too late to send for weights then.
+        inside = [_unit(model.get_submodule(e)) for e in experts if e.startswith(f"{name}.")]
+        _unit(model.get_submodule(name)).set_modules_to_forward_prefetch(inside)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup, *, reshard: bool) -> None:
+    """`fully_shard` of every unit: over dp_shard x cp, experts over what `ep` leaves of it, copied over dp_replicate.
+
+    With `reshard` weights are given up after a block's forward and gathered again for its backward.
+    """
+    policy, after = precision(setup), None if reshard else False
+    placement = _across(mesh.size("efsdp"))
+    wrap(
+        model,
+        plan,
+        expert=lambda unit: fully_shard(
+            unit, mesh=mesh["ehsdp"], mp_policy=policy, reshard_after_forward=after, shard_placement_fn=placement
+        ),
+        dense=lambda unit: fully_shard(unit, mesh=mesh["hsdp"], mp_policy=policy, reshard_after_forward=after),
+    )
+
+
+def sharding_objection(request: LayoutRequest) -> str | None:
+    """None for dense models, for FSDP2 shards dim 0 unevenly; or why experts cannot be cut so."""
+    ep, ranks = request.degrees["ep"], request.degrees["dp_shard"] * request.degrees["cp"]
+    if ep == 1 or request.experts is None or _divides(request.experts, ranks // ep):
+        return None
+    shape = request.experts
+    able = [d for d in range(2, ranks + 1) if ranks % d == shape.num_experts % d == 0 and _divides(shape, ranks // d)]
+    return (
+        f"--ep {ep} leaves dp_shard x cp / ep = {ranks // ep} ranks to share each expert, whose widths "
+        f"{shape.hidden_size} and {shape.intermediate_size} are no multiples of that: only dim 0 may be cut "
+        f"unevenly, and ep has it; type --ep {min(able, key=lambda d: abs(d - ep), default=1)}"
+    )
+
+
+def root(model: nn.Module) -> FSDPModule:
+    """The model itself, the outermost unit."""
+    return _unit(model)
+
+
+def _divides(experts: ExpertShape, ranks: int) -> bool:
+    return experts.hidden_size % ranks == experts.intermediate_size % ranks == 0
+
+
+def _across(ranks: int) -> Callable[[nn.Parameter], Shard]:
+    """Dim 1, so that few experts go over many ranks and `ep` keeps dim 0; dim 0, unevenly, where dim 1 cannot."""
+    return lambda parameter: Shard(1 if parameter.ndim > 1 and parameter.shape[1] % ranks == 0 else 0)
+
+
+def _unit(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)
+    return module

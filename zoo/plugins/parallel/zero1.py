@@ -1,0 +1,53 @@
+"""The distributed optimizer (ZeRO-1): weights and gradients are whole during a step, optimizer state is sharded.
+
+What is sharded is what the optimizer works on: master weights and moments. A step gathers each weight once, in its
+first forward, keeps it through all microbatches, adds gradients up on the rank and reduce-scatters each once, in its
+last backward. Traffic does not grow with the number of microbatches, nor with recompute. FSDP2 does all of it when told
+when to gather and when to reduce, so state has the same shards, and the same checkpoint, as under `fsdp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.plugins.parallel import units
+
+if TYPE_CHECKING:
+    from zoo.core.batch import Batch
+    from zoo.core.mesh import Mesh
+
+
+class ShardedOptimizer:
+    """Optimizer state over dp_shard x cp; weights and gradients whole from the first forward to the last backward."""
+
+    name: ClassVar[str] = "zero1"
+    axes: ClassVar[tuple[str, ...]] = units.AXES
+    phase: ClassVar[Phase] = Phase.WRAP
+
+    def check(self, request: LayoutRequest) -> str | None:
+        """None, or why experts cannot be cut so."""
+        return units.sharding_objection(request)
+
+    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+        """Also on one rank when arithmetic and weights differ in type."""
+        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
+        return setup.data_parallel == self.name and (ranks > 1 or units.casts(setup))
+
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+        """Shard in place what the optimizer sees."""
+        units.shard(model, plan, mesh, setup, reshard=False)
+        return model
+
+    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
+        """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
+        root = units.root(model)
+        root.set_requires_gradient_sync(last)
+        root.set_reshard_after_backward(last)
+
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+        """Unchanged: the feed gives each data-parallel rank its own rows."""
+        return batch

@@ -1,0 +1,17 @@
+"""The distributed optimizer over dp_shard x cp."""
+
+from zoo.core.entries import ParallelAdapterEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_parallel_adapters() -> list[ParallelAdapterEntry]:
+    """Offer `zero1`."""
+    return [
+        ParallelAdapterEntry(
+            name="zero1",
+            target="zoo.plugins.parallel.zero1:ShardedOptimizer",
+            axes=("dp_replicate", "dp_shard"),
+            help="optimizer state sharded over dp_shard x cp, weights and gradients whole during a step",
+        )
+    ]
