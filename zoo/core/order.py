@@ -10,7 +10,8 @@ from torch import nn
 
 from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
-from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, Phase, Setup
+from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.forward_backward import ForwardBackward, OneByOne, Scheduler
 from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ def build(
     weights.allocate(model, device)
     spec.init_buffers(model, config)
     return model
+
+
+def forward_backward(
+    model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
+) -> ForwardBackward:
+    """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
+    for adapter in adapters:
+        if isinstance(adapter, Scheduler):
+            return adapter.forward_backward(model, plan, mesh, setup)
+    return OneByOne()
 
 
 def _seam(core: nn.Module, backend: AttentionBackend) -> AttentionSeam:
