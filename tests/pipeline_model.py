@@ -89,11 +89,14 @@ def rows(number=ROWS):
 class Run:
     """A model under a layout on this rank, ready to step."""
 
-    def __init__(self, model, degrees=None, *, schedule="1f1b", virtual=None, memory="none", number=ROWS):
+    def __init__(
+        self, model, degrees=None, *, schedule="1f1b", virtual=None, memory="none", number=ROWS, dtype="float64"
+    ):
         self.number, self.degrees = number, Degrees(**(degrees or {}))
         context = ContextSetup(schemes={None: Ring()}, windows={None: LAYERS}) if self.degrees.cp > 1 else None
         pipeline = PipelineSetup(schedule=schedule, virtual=virtual)
-        self.setup = Setup(seq=SEQ, context=context, dtype="float64", master_dtype="float64", pipeline=pipeline)
+        master = "float32" if dtype == "bfloat16" else dtype
+        self.setup = Setup(seq=SEQ, context=context, dtype=dtype, master_dtype=master, pipeline=pipeline)
         every = (PipelineParallel(), ContextParallel(), ExpertParallel(), FullyShardedData())
         self.adapters = [a for a in every if a.applies(self.degrees.mapping(), self.setup)]
         self.mesh = Mesh(self.degrees, "cpu") if self.adapters else None

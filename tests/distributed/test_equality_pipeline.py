@@ -40,6 +40,8 @@ CASES = [
     ("llama", {"pp": 2, "cp": 2}, {"schedule": "interleaved", "memory": "full"}),
     ("llama-tied", {"pp": 2, "dp_shard": 2}, {}),
     ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "interleaved", "memory": "full"}),
+    ("llama-tied", {"pp": 2, "dp_shard": 2}, {"schedule": "zero-bubble", "virtual": 2}),
+    ("llama", {"pp": 2, "cp": 2}, {"schedule": "zbv", "memory": "full"}),
     ("nemotron", {"pp": 2, "cp": 2}, {}),
     ("mixtral", {"pp": 2, "cp": 2, "ep": 2}, {"schedule": "interleaved", "number": 4}),
     ("mixtral", {"pp": 2, "dp_shard": 2, "ep": 2}, {"memory": "full"}),
@@ -67,6 +69,24 @@ def test_any_pipeline_equals_one_process(model, degrees, options):
 def assert_same(result, wanted):
     for name, value in result.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def mixed(schedule):
+    """On a rank: numbers of a step whose arithmetic is bfloat16, and the types of weights and optimizer state."""
+    options = {} if schedule is None else {"degrees": {"pp": 2}, "schedule": schedule}
+    run = pipeline_model.Run("llama-tied", dtype="bfloat16", **options)
+    numbers = {name: value.float() for name, value in run.step().items()}
+    state = [value for slots in run.state.optimizer.state.values() for value in slots.values()]
+    return numbers, {tensor.dtype for tensor in (*run.model.parameters(), *state)}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_mixed_precision_is_the_same_but_for_rounding(schedule):
+    wanted, _ = ranks.run(1, mixed, None)[0]
+    for numbers, kinds in ranks.run(2, mixed, schedule):
+        assert kinds == {torch.float32}
+        for name, value in numbers.items():
+            torch.testing.assert_close(value, wanted[name], rtol=2e-2, atol=2e-2)
 
 
 def saved(folder, model, degrees, options):

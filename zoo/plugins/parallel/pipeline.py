@@ -5,7 +5,8 @@ Only hidden states travel. Masks, positions and labels are on every rank of `pp`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -149,8 +151,8 @@ class Pipelined:
         self.device = torch.device(mesh.device_type)
         self.schedule_name = setup.pipeline.schedule
         self.dtype = getattr(torch, setup.dtype)
-        splits = SCHEDULES[self.schedule_name].splits
-        self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
+        self.splits = SCHEDULES[self.schedule_name].splits
+        self.stages = [StageModel(stage_view(model, cut, stage, self.splits), cut, stage) for stage in cut.mine]
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
 
     def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
@@ -161,7 +163,9 @@ class Pipelined:
         index = torch.arange(len(batches))
         # The first stage has an input because torch wants one; every stage looks its batch up by number.
         inputs = (index,) if 0 in self.cut.mine else ()
-        self._schedule(batches).step(*inputs, number=index, target=index, return_outputs=False)
+        schedule = self._schedule(batches)
+        with _gathered(model) if self.splits else nullcontext():
+            schedule.step(*inputs, number=index, target=index, return_outputs=False)
         self._add_tied(model)
         return sums
 
@@ -347,6 +351,26 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         da, db = ctx.saved_tensors
         return da * grad.to(da.dtype), db * grad.to(db.dtype), None, None, None
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """FSDP2 gathers weights once and sums gradients at the end: it acts when inputs' gradients are there, too soon."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    _sum_gradients(model, False)
+    yield
+    _sum_gradients(model, True)
+    # What autograd would call after a last backward, as torch's own stages do it.
+    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def _sum_gradients(model: FSDPModule, now: bool) -> None:
+    model.set_is_last_backward(now)
+    model.set_reshard_after_backward(now)
+    model.set_requires_gradient_sync(now)
 
 
 def _as_it_is(loss: Tensor, _target: Tensor) -> Tensor:

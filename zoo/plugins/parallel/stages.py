@@ -82,7 +82,7 @@ def objection(request: LayoutRequest) -> str | None:
     if setup.schedule not in SCHEDULES:
         hint = did_you_mean(setup.schedule, SCHEDULES)
         return f"--pp-schedule {setup.schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
-    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection, _split_objection))
+    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -134,17 +134,3 @@ def takes(schedule: str, pp: int, microbatches: int) -> bool:
     if rules.fills:
         return microbatches >= pp
     return not rules.in_rounds or microbatches % max(1, microbatches // pp) == 0
-
-
-def _split_objection(request: LayoutRequest) -> str | None:
-    """FSDP2 sums gradients while inputs' gradients are made, when a schedule that splits has none of weights yet."""
-    setup = request.pipeline
-    ranks = request.degrees["dp_shard"] * request.degrees["cp"]
-    mixed = request.problem.dtype == "bfloat16"
-    if not SCHEDULES[setup.schedule].splits or (ranks == 1 and not mixed):
-        return None
-    why = f"--dp-shard x --cp = {ranks} ranks share weights" if ranks > 1 else "bfloat16 is cast from fp32 weights"
-    return (
-        f"schedule {setup.schedule} makes gradients of weights apart from those of inputs, which FSDP2 cannot sum, and "
-        f"{why}; type --pp-schedule {'1f1b' if virtual(setup) == 1 else 'interleaved'}"
-    )
