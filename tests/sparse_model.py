@@ -118,9 +118,11 @@ class Run:
         )
         weights.load_into(self.model, weights.ModuleSource(start), ())
         optimizer = build_optimizer(self.model, OptimSection(lr=3e-3))
-        begin = order.microbatch_hook(self.model, self.adapters)
+        stepped = order.forward_backward(
+            self.model, spec.plan(model_config), mesh=self.mesh, setup=self.setup, adapters=self.adapters
+        )
         schedule = build_schedule(ScheduleSection(steps=10))
-        self.state = TrainState(self.model, optimizer, schedule, lr=3e-3, clip=clip, begin_microbatch=begin)
+        self.state = TrainState(self.model, optimizer, schedule, lr=3e-3, clip=clip, forward_backward=stepped)
         self.gradients = {}
         optimizer.register_step_pre_hook(lambda *_: self.gradients.update(whole(self.model, gradients=True)))
 

@@ -85,6 +85,9 @@ from zoo.core.plan import (
     ParallelPlan as ParallelPlan,
 )
 from zoo.core.plan import (
+    PipelineSetup as PipelineSetup,
+)
+from zoo.core.plan import (
     SeamName as SeamName,
 )
 from zoo.core.plan import (
@@ -338,6 +341,7 @@ class LayoutRequest:
     """The context scheme of layers by their window; empty without context parallelism."""
     experts: ExpertShape | None = None
     """The model's experts, if it has any."""
+    pipeline: PipelineSetup = field(default_factory=PipelineSetup)
 
     @property
     def problems(self) -> tuple[AttentionProblem, ...]:
@@ -358,6 +362,7 @@ class Setup:
     data_parallel: str = "fsdp"
     """The adapter that decides how weights live over dp_replicate x dp_shard x cp."""
     reshard: bool = True
+    pipeline: PipelineSetup = field(default_factory=PipelineSetup)
 
 
 class ParallelAdapter(Protocol):

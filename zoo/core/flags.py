@@ -41,6 +41,8 @@ FLAGS = (
     Flag("cp", "layout.cp", "context-parallel degree: ranks that share a row", "N"),
     Flag("tp", "layout.tp", "tensor-parallel degree", "N"),
     Flag("pp", "layout.pp", "pipeline-parallel degree", "N"),
+    Flag("pp-schedule", "layout.pp_schedule", "1f1b, gpipe, interleaved, zero-bubble or zbv"),
+    Flag("pp-virtual", "layout.pp_virtual", "stages a pipeline rank; as few as the schedule needs", "N"),
     Flag("ep", "layout.ep", "expert-parallel degree", "N"),
     Flag("dp-shard", "layout.dp_shard", "data-parallel degree that shards the weights; fills the machine", "N"),
     Flag("dp-replicate", "layout.dp_replicate", "data-parallel degree that replicates them", "N"),

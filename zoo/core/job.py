@@ -97,6 +97,10 @@ class LayoutSection:
     """How rows are cut: head-tail, balanced (equal tokens and scores), contiguous; auto takes what suits the row."""
     cp_wire: str | None = None
     """Type in which K/V and their gradients travel between ranks, if narrower than their own: bfloat16."""
+    pp_schedule: str = "1f1b"
+    """Order of forward and backward over microbatches and stages: 1f1b, gpipe, interleaved, zero-bubble, zbv."""
+    pp_virtual: int | None = None
+    """Stages a rank; as few as the schedule needs if unset."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +50,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+def clip_gradients(
+    model: nn.Module,
+    limit: float,
+    *,
+    repeated: Collection[str] = (),
+    whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
     """Scale gradients so that their global 2-norm is at most `limit` (0: never); returns the norm before, 0-dim.
 
     The norm is global whatever the shards are: it is taken of each mesh's parameters, reduced over that mesh, and
-    every parameter is on one mesh, so each counts once. One scale serves all.
+    every parameter is on one mesh, so each counts once. `repeated` names those that other ranks count, and
+    `whole_norm` takes a rank's norm to that of all ranks where they hold different parameters. One scale serves all.
     """
-    groups = _by_mesh([p for p in model.parameters() if p.grad is not None])
-    norm = torch.nn.utils.get_total_norm([_whole_norm(group) for group in groups])
+    parameters = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    counted = _by_mesh([p for name, p in parameters.items() if name not in repeated])
+    norm = whole_norm(torch.nn.utils.get_total_norm([_whole_norm(group) for group in counted]))
     if limit > 0:
-        for group in groups:
+        for group in _by_mesh(list(parameters.values())):
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
 

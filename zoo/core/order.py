@@ -10,7 +10,8 @@ from torch import nn
 
 from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
-from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, Phase, Setup
+from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.forward_backward import ForwardBackward, OneByOne, Scheduler
 from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ class Accumulating(Protocol):
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Called with the built model before each microbatch's forward."""
-
-
-def microbatch_hook(model: nn.Module, adapters: Sequence[ParallelAdapter]) -> Callable[[bool], None]:
-    """What a step calls before each microbatch, told whether it is the last."""
-    told = [adapter for adapter in adapters if isinstance(adapter, Accumulating)]
-
-    def begin(last: bool) -> None:
-        for adapter in told:
-            adapter.begin_microbatch(model, last=last)
-
-    return begin
 
 
 def build(
@@ -66,6 +56,27 @@ def build(
     weights.allocate(model, device)
     spec.init_buffers(model, config)
     return model
+
+
+def forward_backward(
+    model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
+) -> ForwardBackward:
+    """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
+    for adapter in adapters:
+        if isinstance(adapter, Scheduler):
+            return adapter.forward_backward(model, plan, mesh, setup)
+    return OneByOne(_microbatch_hook(model, adapters))
+
+
+def _microbatch_hook(model: nn.Module, adapters: Sequence[ParallelAdapter]) -> Callable[[bool], None]:
+    """What a step calls before each microbatch, told whether it is the last."""
+    told = [adapter for adapter in adapters if isinstance(adapter, Accumulating)]
+
+    def begin(last: bool) -> None:
+        for adapter in told:
+            adapter.begin_microbatch(model, last=last)
+
+    return begin
 
 
 def _seam(core: nn.Module, backend: AttentionBackend) -> AttentionSeam:

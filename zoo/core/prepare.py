@@ -26,6 +26,7 @@ from zoo.core.contracts import (
     ModelEntry,
     ModelSpec,
     ParallelAdapter,
+    PipelineSetup,
     Setup,
 )
 from zoo.core.device import accelerator_type, num_accelerators
@@ -124,11 +125,12 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         heads=dict(heads.most_common()),
         windows=_windows(job, origin, config),
         experts=origin.spec.experts(config),
+        pipeline=_pipeline(job, origin.spec, config, global_batch // degrees.dp // job.data.micro_batch),
     )
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
     job = job.replace("layout", data_parallel=choose_data_parallel(job, registry))
-    setup = _setup(job, schemes, request.windows, dtype)
+    setup = replace(_setup(job, schemes, request.windows, dtype), pipeline=request.pipeline)
     adapters = check_layout(registry, replace(request, schemes=schemes), setup)
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
     job = settled(_settled(job, dtype, degrees, backend, policy), schemes)
@@ -206,7 +208,8 @@ def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict
 
 def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
     unit = degrees.dp * job.data.micro_batch
-    wanted = job.data.global_batch or unit
+    # A pipeline of N stages is full with N microbatches.
+    wanted = job.data.global_batch or unit * degrees.pp
     if wanted % unit:
         nearest = max(unit, round(wanted / unit) * unit)
         raise UsageError(
@@ -238,6 +241,18 @@ def _windows(job: Job, origin: Origin, config: Any) -> dict[int | None, int]:
             f"{narrow} tokens, which narrows a causal mask only; leave attention.mask causal"
         )
     return dict(windows)
+
+
+def _pipeline(job: Job, spec: ModelSpec, config: Any, microbatches: int) -> PipelineSetup:
+    """What a pipeline must know; scores are those of a row that is one document."""
+    seq = job.data.seq
+    keys = [seq / 2 if window is None else min(window, seq / 2) for window in spec.windows(config)]
+    return PipelineSetup(
+        schedule=job.layout.pp_schedule,
+        virtual=job.layout.pp_virtual,
+        microbatches=microbatches,
+        scores=tuple(2.0 * h.num_heads * h.head_dim * k for h, k in zip(spec.heads(config), keys, strict=True)),
+    )
 
 
 def _setup(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.core.batch import Batch
-from zoo.core.contracts import Losses
+from zoo.core.forward_backward import Counts, ForwardBackward, OneByOne
 from zoo.core.optim import clip_gradients, set_learning_rate
 
 
@@ -23,8 +23,7 @@ class TrainState:
     lr: float
     clip: float
     step: int = 0
-    begin_microbatch: Callable[[bool], None] = lambda _last: None
-    """Told before each microbatch whether it is the step's last: sums over ranks may wait until then."""
+    forward_backward: ForwardBackward = field(default_factory=OneByOne)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +45,12 @@ def train_step(state: TrainState, batches: Sequence[Batch], trained_tokens: int,
     """
     lr = state.lr * state.schedule(state.step)
     set_learning_rate(state.optimizer, lr)
-    total: Tensor | None = None
-    report: dict[str, Tensor] = {}
-    for batch in batches:
-        state.begin_microbatch(batch is batches[-1])
-        losses = _losses(state.model(batch.tokens, batch.positions, batch.mask, batch.labels))
-        share = batch.num_rows / global_rows
-        loss: Tensor = losses.tokens / max(1, trained_tokens) + losses.rows * share
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = loss.detach() if total is None else total + loss.detach()
-        for name, part in losses.report.items():
-            report[name] = report.get(name, 0.0) + part * share
-    assert total is not None, "a step needs at least one microbatch"
-    grad_norm = clip_gradients(state.model, state.clip)
+    strategy = state.forward_backward
+    sums = strategy.run(state.model, batches, Counts(trained_tokens, global_rows))
+    grad_norm = clip_gradients(state.model, state.clip, repeated=strategy.repeated(), whole_norm=strategy.whole_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return StepResult(loss=total, grad_norm=grad_norm, lr=lr, report=report)
-
-
-def _losses(returned: Tensor | Losses) -> Losses:
-    """What a model returned with labels; most return their token losses and nothing else."""
-    return returned if isinstance(returned, Losses) else Losses(returned)
+    # A rank may hold no part of the loss.
+    loss = sums.loss if sums.loss is not None else torch.zeros_like(grad_norm)
+    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, report=sums.report)

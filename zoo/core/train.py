@@ -18,7 +18,7 @@ from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
 from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
 from zoo.core.feed import Feed, Position, reads_data
-from zoo.core.inventory import rules_for
+from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
@@ -206,17 +206,20 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     if prepared.source is not None:
         source = prepared.source.tensors
         rules = () if prepared.source.own_names else rules_for(spec, config, source)
-        weights.load_into(model, source, rules)
+        weights.load_into(model, source, rules, whole_model=meta_model(spec, config))
     else:
         torch.manual_seed(job.data.seed)
-        weights.load_into(model, weights.ModuleSource(spec.build(config)), ())
+        whole = spec.build(config)
+        weights.load_into(model, weights.ModuleSource(whole), (), whole_model=whole)
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, job.optim),
         schedule=build_schedule(job.schedule),
         lr=job.optim.lr,
         clip=job.optim.clip,
-        begin_microbatch=order.microbatch_hook(model, prepared.adapters),
+        forward_backward=order.forward_backward(
+            model, spec.plan(config), mesh=mesh, setup=prepared.setup, adapters=prepared.adapters
+        ),
     )
 
 

@@ -41,16 +41,20 @@ class ModuleSource:
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, source: TensorSource, rules: Sequence[Rule]) -> None:
+def load_into(
+    model: nn.Module, source: TensorSource, rules: Sequence[Rule], *, whole_model: nn.Module | None = None
+) -> None:
     """Fill every parameter of a model from a source in hub names; an empty `rules` takes the model's own names.
 
     Parameters may be plain or DTensors with any Shard and Replicate placements: only this rank's slice is read,
-    in blocks, and cast to the parameter's dtype. Raises DataError if a tensor is missing, left over, of another
-    shape, or if two tied tensors differ.
+    in blocks, and cast to the parameter's dtype. Where `model` is a part of another, `whole_model` is that one, on
+    meta: the source must fit it. Raises DataError if a tensor is missing, left over, of another shape, or if two tied
+    tensors differ.
     """
-    tied = tied_names(model)
+    every = model if whole_model is None else whole_model
+    tied = tied_names(every)
     parameters = dict(model.named_parameters())
-    book = RuleBook(rules, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    book = RuleBook(rules, {name: tuple(parameter.shape) for name, parameter in every.named_parameters()})
     aliases = [name for name in tied if name in source.names()]
     check_tensors(source, book.hub_shapes, allowed=aliases)
     ours = book.to_ours(source)
@@ -58,7 +62,7 @@ def load_into(model: nn.Module, source: TensorSource, rules: Sequence[Rule]) -> 
         local, index = _local(parameter)
         for here, there in blocks_of(index):
             local[here].copy_(ours.read(name, there))
-    for alias in aliases:
+    for alias in (a for a in aliases if tied[a] in parameters):
         check_same(source, alias, book.pieces[tied[alias]][0].hub, _local(parameters[tied[alias]])[1])
 
 

@@ -135,8 +135,15 @@ def init_experts(model: nn.Module, *, std: float) -> None:
 
 
 def balance_objection(request: LayoutRequest) -> str | None:
-    """Why rows laid end to end have no load-balancing loss, for the plugin of a family with `output_router_logits`."""
-    if request.micro_batch == 1 or not getattr(request.config, "output_router_logits", False):
+    """Why a layout has no load-balancing loss, for the plugin of a family with `output_router_logits`."""
+    if not getattr(request.config, "output_router_logits", False):
+        return None
+    if request.degrees["pp"] > 1:
+        return (
+            f"the router's auxiliary loss takes all blocks as one set and --pp {request.degrees['pp']} deals them out; "
+            f"give --set model.output_router_logits=false, or --pp 1 and more of --dp-shard, --cp or --ep"
+        )
+    if request.micro_batch == 1:
         return None
     return (
         f"the router's auxiliary loss is defined row by row and data.micro_batch {request.micro_batch} lays rows end "

@@ -1,0 +1,164 @@
+"""The `pipeline` adapter: how blocks are dealt out, and what it refuses before a process starts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+
+from tests import pipeline_model
+from tests.command import zoo
+from zoo.core.contracts import LayoutRequest, PipelineSetup
+from zoo.core.errors import UsageError
+from zoo.models.common.loss import TokenLoss
+from zoo.models.common.moe import balance_objection
+from zoo.plugins.parallel.pipeline import Cut, PipelineParallel, RepeatableLoss
+from zoo.plugins.parallel.stages import SCHEDULES, balance, stages_of
+
+
+def dearest(costs, cuts, first, last):
+    stages = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
+    stages[0] += first
+    stages[-1] += last
+    return max(stages)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_other_cut_has_a_cheaper_dearest_stage(seed):
+    draw = random.Random(seed)
+    costs = [draw.choice([0.0, 1.0, 2.5, 4.0]) for _ in range(draw.randint(1, 9))]
+    num_stages = draw.randint(1, len(costs))
+    first, last = draw.choice([0.0, 3.0]), draw.choice([0.0, 2.0, 9.0])
+    parts = balance(costs, num_stages, first=first, last=last)
+    assert [i for part in parts for i in part] == list(range(len(costs)))
+    assert len(parts) == num_stages
+    assert all(parts)
+    inner = itertools.combinations(range(1, len(costs)), num_stages - 1)
+    least = min(dearest(costs, (0, *cuts, len(costs)), first, last) for cuts in inner)
+    assert dearest(costs, (0, *(part.stop for part in parts)), first, last) == pytest.approx(least)
+
+
+def test_the_head_takes_the_place_of_blocks():
+    assert [len(part) for part in balance([1.0] * 32, 4)] == [8, 8, 8, 8]
+    assert [len(part) for part in balance([1.0] * 30, 4, last=2.0)] == [8, 8, 8, 6]
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 3), ("zbv", 2)])
+def test_stages_lie_where_torch_expects_them(schedule, virtual):
+    theirs = generate_stage_to_rank_mapping(4, 4 * virtual, style="v" if schedule == "zbv" else "loop")
+    setup = PipelineSetup(schedule=schedule, virtual=virtual)
+    assert {stage: rank for rank in range(4) for stage in stages_of(rank, 4, setup)} == theirs
+
+
+def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1, aux=False):
+    return LayoutRequest(
+        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": 1, "tp": 1, "ep": 1},
+        seq=64,
+        model="llama3",
+        config=SimpleNamespace(num_hidden_layers=blocks, output_router_logits=aux),
+        problem=None,
+        pipeline=PipelineSetup(schedule=schedule, virtual=virtual, microbatches=microbatches),
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (request(), None),
+        (request("1f1", pp=2), ["--pp-schedule 1f1", "1f1b, gpipe", "did you mean '1f1b'"]),
+        (request(pp=9), ["--pp 9", "8 blocks", "--pp 8"]),
+        (request("interleaved", pp=8), ["16 stages", "8 blocks", "type --pp 4"]),
+        (request("zbv", pp=3, blocks=3), ["6 stages", "--pp 3 --pp-schedule 1f1b"]),
+        (request(virtual=2), ["--pp-virtual 2", "exactly 1", "--pp-schedule interleaved"]),
+        (request("interleaved", virtual=1), ["--pp-virtual 1", "at least 2", "--pp-virtual 2"]),
+        (request("zbv", virtual=3), ["exactly 2", "--pp-virtual 2"]),
+        (request(pp=4, microbatches=3), ["at least 4", "--global-batch 3 makes 3", "nearest: --global-batch 4"]),
+        (request(pp=4, microbatches=3, dp_shard=2), ["--global-batch 6 makes 3", "nearest: --global-batch 8"]),
+        (request("interleaved", pp=4, microbatches=9), ["--global-batch 8 or --global-batch 10"]),
+        (request("interleaved", pp=4, microbatches=10), None),
+        (request("gpipe", pp=4, microbatches=1), None),
+        (request("zbv", pp=4, microbatches=1), None),
+    ],
+)
+def test_what_a_schedule_cannot_is_refused_with_what_can(layout, words):
+    said = PipelineParallel().check(layout)
+    assert (said is None) == (words is None), said
+    for word in words or ():
+        assert word in said
+
+
+def test_a_loss_over_all_blocks_is_refused():
+    assert "--pp 2" in balance_objection(request(aux=True))
+    assert balance_objection(request(aux=False)) is None
+
+
+class OneRank:
+    """A mesh as one rank of `pp` sees it."""
+
+    def __init__(self, rank, size):
+        self.rank = lambda _axis: rank
+        self.size = lambda _axis: size
+
+
+def names_of_rank(model, rank, size, schedule):
+    spec = pipeline_model.MODELS[model][0]
+    with torch.device("meta"):
+        built = spec.build(pipeline_model.config(model))
+    setup = SimpleNamespace(pipeline=PipelineSetup(schedule=schedule))
+    PipelineParallel().apply(built, spec.plan(pipeline_model.config(model)), OneRank(rank, size), setup)
+    return {name for name, _ in built.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule"), [(m, "1f1b") for m in pipeline_model.MODELS] + [("llama", "zbv"), ("llama-tied", "zbv")]
+)
+def test_ranks_share_out_all_names_and_only_tied_ones_are_twice(model, schedule):
+    held = [names_of_rank(model, rank, 2, schedule) for rank in range(2)]
+    assert set.union(*held) == set(dict(pipeline_model.source(model).named_parameters()))
+    twice = {"model.embed_tokens.weight"} if pipeline_model.config(model).tie_word_embeddings else set()
+    assert set.intersection(*held) == (twice if schedule != "zbv" else set())
+
+
+def test_a_rank_without_attention_is_refused():
+    spec, config = pipeline_model.NAS, pipeline_model.config("nemotron-nas")
+    with torch.device("meta"):
+        built = spec.build(config)
+    setup = SimpleNamespace(pipeline=PipelineSetup(schedule="1f1b"))
+    with pytest.raises(UsageError, match="without any 'attention'.*lower --pp"):
+        PipelineParallel().apply(built, spec.plan(config), OneRank(1, 4), setup)
+
+
+def test_attention_weighs_by_the_keys_it_sees():
+    spec, config = pipeline_model.LLAMA, pipeline_model.config("llama")
+
+    def sizes(scores):
+        with torch.device("meta"):
+            built = spec.build(config)
+        setup = SimpleNamespace(pipeline=PipelineSetup(scores=scores))
+        return [len(stage) for stage in Cut.of(built, spec.plan(config), OneRank(0, 2), setup).blocks]
+
+    assert sizes(()) == [2, 2]
+    assert sizes((1e6, 0.0, 0.0, 0.0)) == [1, 3]
+
+
+def test_a_loss_may_be_differentiated_in_two_parts():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 6, 4), (9, 4)))
+    labels = torch.randint(0, 9, (1, 6))
+    wanted = torch.autograd.grad(TokenLoss()(hidden, weight, labels) / 7, (hidden, weight))
+    loss = RepeatableLoss(TokenLoss())(hidden, weight, labels) / 7
+    found = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for leaf in (hidden, weight)]
+    torch.testing.assert_close(found, list(wanted), rtol=1e-12, atol=1e-12)
+
+
+def test_a_refusal_is_one_line_of_the_command(tmp_path):
+    job = ("llama3", "--data", "stdlib", "--seq", 256, "--out", tmp_path / "run")
+    _, err = zoo("finetune", *job, "--pp", 2, "--global-batch", 1, status=2)
+    assert "--global-batch 2" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+    assert set(SCHEDULES) == {"1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"}

@@ -1,0 +1,99 @@
+"""From the microbatches of a step to gradients: the one part of a step that a layout may put in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from zoo.core.batch import Batch
+from zoo.core.contracts import Losses, ParallelPlan, Setup
+from zoo.core.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a step's sums are divided by: global counts, so that ranks and microbatches do not matter."""
+
+    trained_tokens: int
+    rows: int
+
+    def share(self, batch: Batch) -> float:
+        """The part of the step's rows that a microbatch is."""
+        return batch.num_rows / self.rows
+
+    def loss(self, losses: Losses, batch: Batch) -> Tensor:
+        """A microbatch's part of the step's loss, 0-dim."""
+        loss: Tensor = losses.tokens / max(1, self.trained_tokens) + losses.rows * self.share(batch)
+        return loss
+
+
+@dataclass(slots=True)
+class Sums:
+    """This rank's part of a step's loss, None before any, and of what the model reports."""
+
+    loss: Tensor | None = None
+    report: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+
+    def add_report(self, losses: Losses, share: float) -> None:
+        for name, part in losses.report.items():
+            self.report[name] = self.report.get(name, 0.0) + part * share
+
+
+class ForwardBackward(Protocol):
+    """Leaves the gradients of a step in a model, and knows which of them other ranks hold."""
+
+    def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
+        """Forward and backward of every microbatch."""
+
+    def repeated(self) -> Collection[str]:
+        """Names of parameters of which another rank counts the gradient in the norm."""
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm over all ranks that hold other parameters than this one, from the norm of this one's, 0-dim."""
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """An adapter that puts forward and backward in an order of its own."""
+
+    def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> ForwardBackward:
+        """For the model that `apply` and all later adapters left."""
+
+
+class OneByOne:
+    """Each microbatch forward and backward, one after another."""
+
+    def __init__(self, begin_microbatch: Callable[[bool], None] = lambda _last: None) -> None:
+        """`begin_microbatch` is told before each whether it is the step's last: sums over ranks may wait until then."""
+        self._begin_microbatch = begin_microbatch
+
+    def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
+        """As `ForwardBackward.run`."""
+        sums = Sums()
+        for batch in batches:
+            self._begin_microbatch(batch is batches[-1])
+            losses = as_losses(model(batch.tokens, batch.positions, batch.mask, batch.labels))
+            loss = counts.loss(losses, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums.add_loss(loss)
+            sums.add_report(losses, counts.share(batch))
+        return sums
+
+    def repeated(self) -> Collection[str]:
+        """None: every rank has every parameter, or a shard of it."""
+        return ()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """Unchanged: every rank has every parameter, or a shard of it."""
+        return norm
+
+
+def as_losses(returned: Tensor | Losses) -> Losses:
+    """What a model returned with labels; most return their token losses and nothing else."""
+    return returned if isinstance(returned, Losses) else Losses(returned)

@@ -1,0 +1,18 @@
+"""Offers the `pipeline` adapter, which gives the mesh axis `pp` its meaning."""
+
+from __future__ import annotations
+
+from zoo.core.entries import ParallelAdapterEntry
+from zoo.core.hookspecs import hookimpl
+
+
+@hookimpl
+def zoo_register_parallel_adapters() -> tuple[ParallelAdapterEntry, ...]:
+    return (
+        ParallelAdapterEntry(
+            name="pipeline",
+            target="zoo.plugins.parallel.pipeline:PipelineParallel",
+            help="deal the blocks out over `pp` ranks as stages; microbatches flow through them by a schedule",
+            axes=("pp",),
+        ),
+    )

@@ -1,0 +1,136 @@
+"""How many stages a pipeline has, which blocks each gets and on which rank it lies; what each schedule asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from zoo.core.contracts import LayoutRequest, PipelineSetup
+from zoo.core.suggest import did_you_mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What a schedule asks for, by the rules of torch.distributed.pipelining."""
+
+    least_virtual: int
+    """Stages a rank, and the number taken where none is said."""
+    most_virtual: int | None
+    in_rounds: bool = False
+    """Microbatches come in rounds, about one a rank, all of the same size."""
+    fills: bool = False
+    """At least one microbatch for each stage."""
+    splits: bool = False
+    """Gradients of inputs first, those of weights later."""
+    folds: bool = False
+    """The first half of the stages goes down the ranks and the other half back up."""
+
+
+SCHEDULES = {
+    "1f1b": Schedule(least_virtual=1, most_virtual=1, fills=True),
+    "gpipe": Schedule(least_virtual=1, most_virtual=1),
+    "interleaved": Schedule(least_virtual=2, most_virtual=None, in_rounds=True),
+    "zero-bubble": Schedule(least_virtual=1, most_virtual=None, in_rounds=True, splits=True),
+    "zbv": Schedule(least_virtual=2, most_virtual=2, splits=True, folds=True),
+}
+
+
+def virtual(setup: PipelineSetup) -> int:
+    """Stages a rank."""
+    return setup.virtual or SCHEDULES[setup.schedule].least_virtual
+
+
+def stages_of(rank: int, ranks: int, setup: PipelineSetup) -> list[int]:
+    """The stages that a rank of `pp` runs, ascending."""
+    if SCHEDULES[setup.schedule].folds:
+        return [rank, 2 * ranks - 1 - rank]
+    return list(range(rank, ranks * virtual(setup), ranks))
+
+
+_Way = tuple[float, float, tuple[int, ...]]
+
+
+def balance(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
+    """Blocks in a row for each stage, at least one, so that the dearest stage costs least, then the most even way.
+
+    `first` and `last` are what the first and the last stage have to do beside their blocks.
+    """
+    sums = [0.0, *accumulate(costs)]
+    extra = {0: first, num_stages - 1: last} if num_stages > 1 else {0: first + last}
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return sums[stop] - sums[start] + extra.get(stage, 0.0)
+
+    # best[stop]: (dearest stage, sum of squares, cuts) of the stages so far over the first `stop` blocks.
+    best: dict[int, _Way] = {0: (0.0, 0.0, (0,))}
+    for stage in range(num_stages):
+        ways: dict[int, _Way] = {}
+        for start, (dearest, squares, cuts) in best.items():
+            for stop in range(start + 1, len(costs) + 1):
+                c = cost(stage, start, stop)
+                way = (max(dearest, c), squares + c * c, (*cuts, stop))
+                ways[stop] = min(ways.get(stop, way), way)
+        best = ways
+    cuts = best[len(costs)][2]
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+def objection(request: LayoutRequest) -> str | None:
+    """None, or why this pipeline cannot be, with the nearest that can."""
+    setup = request.pipeline
+    if setup.schedule not in SCHEDULES:
+        hint = did_you_mean(setup.schedule, SCHEDULES)
+        return f"--pp-schedule {setup.schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
+    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _virtual_objection(request: LayoutRequest) -> str | None:
+    setup, rules = request.pipeline, SCHEDULES[request.pipeline.schedule]
+    most, wanted = rules.most_virtual, virtual(setup)
+    if wanted >= rules.least_virtual and (most is None or wanted <= most):
+        return None
+    nearest = rules.least_virtual if wanted < rules.least_virtual or most is None else most
+    other = "; several stages a rank need --pp-schedule interleaved" if most == 1 else ""
+    return (
+        f"--pp-virtual {wanted}: schedule {setup.schedule} runs {'at least' if most is None else 'exactly'} {nearest} "
+        f"stages a rank; type --pp-virtual {nearest}{other}"
+    )
+
+
+def _blocks_objection(request: LayoutRequest) -> str | None:
+    pp, per_rank, blocks = request.degrees["pp"], virtual(request.pipeline), request.config.num_hidden_layers
+    if pp * per_rank <= blocks:
+        return None
+    if blocks // per_rank > 1:
+        nearest = f"type --pp {blocks // per_rank}"
+    else:
+        nearest = f"type --pp {min(pp, blocks)} --pp-schedule 1f1b"
+    return (
+        f"--pp {pp} x {per_rank} stages a rank = {pp * per_rank} stages and {request.model} has {blocks} blocks, of "
+        f"which each stage needs one; {nearest}"
+    )
+
+
+def _rounds_objection(request: LayoutRequest) -> str | None:
+    setup, pp = request.pipeline, request.degrees["pp"]
+    if takes(setup.schedule, pp, setup.microbatches):
+        return None
+    rows = request.degrees["dp_replicate"] * request.degrees["dp_shard"] * request.micro_batch
+    able = (n for n in range(1, 2 * setup.microbatches + pp) if takes(setup.schedule, pp, n))
+    near = sorted(sorted(able, key=lambda n: abs(n - setup.microbatches))[:2])
+    want = f"at least {pp}" if SCHEDULES[setup.schedule].fills else f"rounds of equal size, about {pp} in each"
+    choices = " or ".join(f"--global-batch {n * rows}" for n in near)
+    return (
+        f"schedule {setup.schedule} over --pp {pp} needs {want} microbatches a step and --global-batch "
+        f"{setup.microbatches * rows} makes {setup.microbatches}; nearest: {choices}"
+    )
+
+
+def takes(schedule: str, pp: int, microbatches: int) -> bool:
+    """Whether a schedule can order so many microbatches."""
+    rules = SCHEDULES[schedule]
+    if rules.fills:
+        return microbatches >= pp
+    return not rules.in_rounds or microbatches % max(1, microbatches // pp) == 0
