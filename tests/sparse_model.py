@@ -162,14 +162,13 @@ def whole(model, *, gradients=False):
 
 
 def moments(run):
-    """Both moments of every parameter as plain whole tensors."""
+    """Both moments of every parameter by name, as the optimizer of this rank has them."""
     names = {parameter: name for name, parameter in run.model.named_parameters()}
-    slots = {
+    return {
         f"{slot}.{names[parameter]}": state[slot]
         for parameter, state in run.state.optimizer.state.items()
         for slot in ("exp_avg", "exp_avg_sq")
     }
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in slots.items()}
 
 
 def two_steps(degrees, coefficient, biased, memory="none", **choices):

@@ -366,7 +366,7 @@ class Setup:
 
 
 class ParallelAdapter(Protocol):
-    """How one kind of parallelism changes a built model, from outside."""
+    """How one kind of parallelism changes a built model, from outside. May be `zoo.core.order.Accumulating` too."""
 
     name: str
     axes: tuple[str, ...]

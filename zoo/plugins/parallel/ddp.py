@@ -49,8 +49,10 @@ class ReplicatedData:
         return model
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
-        """Nothing travels before the last."""
-        units.root(model).set_requires_gradient_sync(last)
+        """Nothing travels before the last, and the copy of the weights that is computed on is made once a step."""
+        root = units.root(model)
+        root.set_requires_gradient_sync(last)
+        root.set_reshard_after_backward(last)
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""

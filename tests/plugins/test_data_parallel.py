@@ -1,0 +1,187 @@
+"""How weights live over data-parallel ranks: what is refused, what travels how often, what is held, in which type."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import sparse_model
+from tests.distributed import ranks
+from zoo.cli.main import main
+from zoo.core.contracts import Setup
+from zoo.core.mesh import Degrees
+from zoo.plugins.parallel.ddp import ReplicatedData
+from zoo.plugins.parallel.fsdp import FullyShardedData
+from zoo.plugins.parallel.zero1 import ShardedOptimizer
+
+EVERY = (FullyShardedData(), ReplicatedData(), ShardedOptimizer())
+NAMES = ("fsdp", "ddp", "zero1")
+WITHOUT = [word for name in NAMES for word in ("--no-plugin", name)]
+
+
+def plan(*args):
+    return main([*args[:-1], "plan", "llama3", *args[-1]])
+
+
+@pytest.mark.parametrize(
+    ("blocked", "args", "words"),
+    [
+        ((), ("--data-parallel", "zero"), ["--data-parallel zero", "ddp, fsdp, zero1", "did you mean 'zero1'"]),
+        ((), ("--data-parallel", "context"), ["--data-parallel context", "ddp, fsdp, zero1"]),
+        ((), ("--set", "layout.reshard=maybe"), ["layout.reshard", "'maybe'", "true or false"]),
+        (WITHOUT, ("--dp-replicate", "2"), ["--dp-replicate 2", "no plugin here serves"]),
+        (WITHOUT, ("--cp", "2"), ["'dp_shard'", "add up their gradients"]),
+        (("--no-plugin", "context"), ("--cp", "2"), ["--cp 2", "no plugin here serves the axis 'cp'"]),
+    ],
+)
+def test_what_nobody_serves_is_refused(blocked, args, words, capsys):
+    assert main([*blocked, "plan", "llama3", *args]) in (2, 4)
+    said = capsys.readouterr().err.splitlines()[-1]
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("blocked", "args", "chosen"),
+    [
+        ((), (), "fsdp"),
+        (("--no-plugin", "fsdp"), (), "ddp"),
+        ((), ("--data-parallel", "zero1"), "zero1"),
+        ((), ("--set", "layout.data_parallel=ddp"), "ddp"),
+    ],
+)
+def test_one_is_chosen_and_the_job_says_which(blocked, args, chosen, capsys):
+    assert main([*blocked, "plan", "llama3", "--dp-replicate", "2", "--cp", "2", *args, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["job"]["layout"]["data_parallel"] == chosen
+    assert chosen in told["notes"]["layout"]
+
+
+def test_exactly_the_chosen_one_applies_and_on_one_rank_only_to_cast():
+    one = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}
+    for name in NAMES:
+        plain = Setup(seq=8, context=None, dtype="float32", master_dtype="float32", data_parallel=name)
+        mixed = Setup(seq=8, context=None, dtype="bfloat16", master_dtype="float32", data_parallel=name)
+        assert [a.name for a in EVERY if a.applies(one, plain)] == []
+        assert [a.name for a in EVERY if a.applies(one, mixed)] == [name]
+        for axis in ("dp_replicate", "dp_shard", "cp"):
+            assert [a.name for a in EVERY if a.applies(one | {axis: 2}, plain)] == [name]
+
+
+# On ranks -----------------------------------------------------------------------------------------
+
+KINDS = GATHER, REDUCE, SUM = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
+UNITS = sparse_model.LAYERS * 2 + 1
+"""Of the small Mixtral: blocks, their experts, the root."""
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is sent, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = dict.fromkeys(KINDS, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for kind in KINDS:
+            self.counts[kind] += str(func).startswith(f"c10d.{kind}")
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(degrees, choices, micro_batch):
+    """On a rank: how many gathers, reduce-scatters and all-reduces the forwards and backwards of a step make."""
+    run = sparse_model.Run(degrees, **choices)
+    run.update(micro_batch)
+    with Collectives() as seen:
+        run.update(micro_batch)
+    return seen.counts
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("degrees", "choices", "per_step", "per_microbatch"),
+    [
+        ({"dp_shard": 2}, {"data_parallel": "zero1"}, {GATHER: UNITS, REDUCE: UNITS}, {}),
+        ({"dp_shard": 2}, {"data_parallel": "zero1", "memory": "full"}, {GATHER: UNITS, REDUCE: UNITS}, {}),
+        ({"dp_shard": 2}, {"data_parallel": "ddp"}, {SUM: UNITS}, {}),
+        (
+            {"dp_shard": 2},
+            {"data_parallel": "fsdp", "reshard": False},
+            {},
+            {GATHER: UNITS, REDUCE: UNITS},
+        ),
+        # The root keeps its weights from forward to backward anyhow.
+        ({"dp_shard": 2}, {"data_parallel": "fsdp"}, {}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
+        (
+            {"dp_replicate": 2, "dp_shard": 2},
+            {"data_parallel": "fsdp"},
+            {SUM: UNITS},
+            {GATHER: 2 * UNITS - 1, REDUCE: UNITS},
+        ),
+    ],
+)
+def test_messages_of_a_step(degrees, choices, per_step, per_microbatch):
+    world = Degrees(**degrees).world_size
+    for microbatches in (1, 2):
+        found = ranks.run(world, traffic, degrees, choices, sparse_model.ROWS // world // microbatches)[0]
+        for kind, number in found.items():
+            assert number == per_step.get(kind, 0) + microbatches * per_microbatch.get(kind, 0), (kind, microbatches)
+
+
+def held(degrees, choices):
+    """On a rank: numbers of weights, gradients and moments kept after two microbatches, names, and types."""
+    run = sparse_model.Run(degrees, **choices)
+    kept = {}
+
+    def count(*_):
+        kept["weights"] = sum(p.to_local().numel() for p in run.model.parameters())
+        kept["gradients"] = sum(p.grad.to_local().numel() for p in run.model.parameters())
+
+    run.state.optimizer.register_step_pre_hook(count)
+    run.update(2)
+    kept["moments"] = sum(s["exp_avg"].to_local().numel() for s in run.state.optimizer.state.values())
+    types = {p.dtype for p in run.model.parameters()} | {s["exp_avg"].dtype for s in run.state.optimizer.state.values()}
+    return kept, [name for name, _ in run.model.named_parameters()], types
+
+
+@pytest.mark.dist
+def test_what_a_rank_holds_and_under_which_names():
+    whole = sum(p.numel() for p in sparse_model.source(None, biased=False).parameters())
+    names = [name for name, _ in sparse_model.source(None, biased=False).named_parameters()]
+    for choices, ranks_over in (
+        (({"dp_shard": 2, "cp": 2}, {"data_parallel": "zero1"}), 4),
+        (({"dp_replicate": 2, "dp_shard": 2}, {"data_parallel": "fsdp"}), 2),
+        (({"dp_shard": 2, "cp": 2}, {"data_parallel": "ddp"}), 1),
+    ):
+        answers = ranks.run(4, held, *choices)
+        for kind in ("weights", "gradients", "moments"):
+            sizes = [answer[0][kind] for answer in answers]
+            assert sum(sizes) == whole * 4 // ranks_over, (choices, kind)
+            assert max(sizes) < 1.2 * whole / ranks_over
+        assert all(answer[1] == names for answer in answers)
+
+
+def in_bfloat16(choices):
+    """On a rank: numbers and gradients of a step of four microbatches in bfloat16, and types of what is kept."""
+    run = sparse_model.Run({"dp_replicate": 2, "dp_shard": 2}, dtype="bfloat16", **choices)
+    numbers = {name: value.float() for name, value in run.step().items()}
+    types = {p.dtype for p in run.model.parameters()} | {s["exp_avg"].dtype for s in run.state.optimizer.state.values()}
+    return numbers, run.gradients, types
+
+
+@pytest.mark.dist
+def test_bfloat16_arithmetic_over_float32_weights_whatever_holds_them():
+    exact = sparse_model.Run({})
+    wanted = exact.step()
+    results = {name: ranks.run(4, in_bfloat16, {"data_parallel": name})[0] for name in NAMES}
+    for name, (numbers, gradients, types) in results.items():
+        assert types == {torch.float32}, name
+        for key, value in numbers.items():
+            torch.testing.assert_close(value, wanted[key].float(), rtol=2e-2, atol=2e-2)
+        for key, value in gradients.items():
+            # Sums are of float32: all three differ among each other by far less than bfloat16 rounds.
+            torch.testing.assert_close(value, results["fsdp"][1][key], rtol=1e-4, atol=1e-6)
+            assert (value - exact.gradients[key]).norm() < 0.2 * exact.gradients[key].norm(), (name, key)
