@@ -55,9 +55,9 @@ def test_stages_lie_where_torch_expects_them(schedule, virtual):
     assert {stage: rank for rank in range(4) for stage in stages_of(rank, 4, setup)} == theirs
 
 
-def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1):
+def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1, cp=1):
     return LayoutRequest(
-        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": 1, "tp": 1, "ep": 1},
+        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": cp, "tp": 1, "ep": 1},
         seq=64,
         model="llama3",
         config=SimpleNamespace(num_hidden_layers=blocks),
@@ -81,6 +81,8 @@ def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp
         (request(pp=4, microbatches=3, dp_shard=2), ["--global-batch 6 makes 3", "nearest: --global-batch 8"]),
         (request("interleaved", pp=4, microbatches=9), ["--global-batch 8 or --global-batch 10"]),
         (request("interleaved", pp=4, microbatches=10), None),
+        (request(cp=3), ["--seq 64", "--cp 3", "--seq 63 or --seq 66"]),
+        (request(cp=4), None),
         (request("gpipe", pp=4, microbatches=1), None),
         (request("zbv", pp=4, microbatches=1), None),
     ],
