@@ -39,6 +39,7 @@ _SIZES = {
 }
 _ABSENT, _LINEAR = ({"no_op": kind == 0, "replace_with_linear": kind == 1} for kind in (0, 1))
 _HEADS, _INNER = {"n_heads_in_group": 2}, {"intermediate_size": 24}
+_EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "llama": (LLAMA, {"model_type": "llama", "tie_word_embeddings": False}),
     "llama-tied": (LLAMA, {"model_type": "llama", "tie_word_embeddings": True}),
@@ -58,7 +59,8 @@ MODELS = {
             ],
         },
     ),
-    "mixtral": (MIXTRAL, {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": (MIXTRAL, _EXPERTS),
+    "mixtral-aux": (MIXTRAL, _EXPERTS | {"output_router_logits": True, "router_aux_loss_coef": 0.05}),
 }
 
 

@@ -32,6 +32,7 @@ CASES = [
     ("nemotron", PP2, {"schedule": "interleaved"}),
     ("nemotron-nas", PP2, {"number": 4}),
     ("mixtral", PP2, {"schedule": "zero-bubble"}),
+    ("mixtral-aux", PP2, {"schedule": "zbv", "number": 4}),
     # 4 ranks
     ("llama-tied", PP4, {"number": 4}),
     ("llama", PP4, {"schedule": "gpipe", "number": 2}),
@@ -43,8 +44,8 @@ CASES = [
     ("llama-tied", {"pp": 2, "dp_shard": 2}, {"schedule": "zero-bubble", "virtual": 2}),
     ("llama", {"pp": 2, "cp": 2}, {"schedule": "zbv", "memory": "full"}),
     ("nemotron", {"pp": 2, "cp": 2}, {}),
-    ("mixtral", {"pp": 2, "cp": 2, "ep": 2}, {"schedule": "interleaved", "number": 4}),
-    ("mixtral", {"pp": 2, "dp_shard": 2, "ep": 2}, {"memory": "full"}),
+    ("mixtral-aux", {"pp": 2, "cp": 2, "ep": 2}, {"schedule": "interleaved", "number": 4}),
+    ("mixtral-aux", {"pp": 2, "dp_shard": 2, "ep": 2}, {"memory": "full"}),
     # 8 ranks
     ("llama-tied", {"pp": 2, "dp_shard": 2, "cp": 2}, {"schedule": "interleaved"}),
 ]

@@ -15,8 +15,9 @@ from tests.command import zoo
 from zoo.core.contracts import LayoutRequest, PipelineSetup
 from zoo.core.errors import UsageError
 from zoo.models.common.loss import TokenLoss
-from zoo.models.common.moe import balance_objection
-from zoo.plugins.parallel.pipeline import Cut, PipelineParallel, RepeatableLoss
+from zoo.plugins.parallel.cut import Cut
+from zoo.plugins.parallel.pipeline import PipelineParallel
+from zoo.plugins.parallel.stage_model import RepeatableLoss
 from zoo.plugins.parallel.stages import SCHEDULES, balance, stages_of
 
 
@@ -54,12 +55,12 @@ def test_stages_lie_where_torch_expects_them(schedule, virtual):
     assert {stage: rank for rank in range(4) for stage in stages_of(rank, 4, setup)} == theirs
 
 
-def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1, aux=False):
+def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1, cp=1):
     return LayoutRequest(
-        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": 1, "tp": 1, "ep": 1},
+        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": cp, "tp": 1, "ep": 1},
         seq=64,
         model="llama3",
-        config=SimpleNamespace(num_hidden_layers=blocks, output_router_logits=aux),
+        config=SimpleNamespace(num_hidden_layers=blocks),
         problem=None,
         pipeline=PipelineSetup(schedule=schedule, virtual=virtual, microbatches=microbatches),
     )
@@ -80,6 +81,8 @@ def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp
         (request(pp=4, microbatches=3, dp_shard=2), ["--global-batch 6 makes 3", "nearest: --global-batch 8"]),
         (request("interleaved", pp=4, microbatches=9), ["--global-batch 8 or --global-batch 10"]),
         (request("interleaved", pp=4, microbatches=10), None),
+        (request(cp=3), ["--seq 64", "--cp 3", "--seq 63 or --seq 66"]),
+        (request(cp=4), None),
         (request("gpipe", pp=4, microbatches=1), None),
         (request("zbv", pp=4, microbatches=1), None),
     ],
@@ -89,11 +92,6 @@ def test_what_a_schedule_cannot_is_refused_with_what_can(layout, words):
     assert (said is None) == (words is None), said
     for word in words or ():
         assert word in said
-
-
-def test_a_loss_over_all_blocks_is_refused():
-    assert "--pp 2" in balance_objection(request(aux=True))
-    assert balance_objection(request(aux=False)) is None
 
 
 class OneRank:

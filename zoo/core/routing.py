@@ -1,4 +1,4 @@
-"""The dispatch seam's vocabulary: which token goes to which experts, and copies of rows by expert and back.
+"""Which token goes to which experts, what a router did in all, and copies of rows by expert and back.
 
 R tokens, D model width, E experts, K experts a token goes to. Nothing here depends on the order of atomics, so two
 runs give the same bits.
@@ -21,6 +21,15 @@ class Routing(NamedTuple):
     """[R, K] in fp32 or better, differentiable; of a token they add up to 1."""
     counts: Tensor
     """[E] int64: how many copies each expert gets."""
+
+
+class RouterStats(NamedTuple):
+    """What a block's router did to the tokens it saw; sums, so that parts of a row add up."""
+
+    probabilities: Tensor
+    """[E] in fp32 or better, differentiable: router probabilities summed over tokens."""
+    assignments: Tensor
+    """[E] int64: how many tokens went to each expert, each of a token's K counted."""
 
 
 class Arrangement(NamedTuple):

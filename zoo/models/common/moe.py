@@ -6,13 +6,13 @@ B rows, T tokens, R = B * T, D model width, I inner width, E experts, K experts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.routing import Routing, by_expert, combine, spread
+from zoo.core.routing import RouterStats, Routing, by_expert, combine, spread
 
 if TYPE_CHECKING:
     from zoo.core.contracts import LayoutRequest
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 _ONE_KERNEL = {("cuda", torch.bfloat16)}
 """Where `grouped_mm` is one kernel. Elsewhere it is a loop of its own, on a CPU slower than ours (torch 2.13)."""
 _ALIGNED_BYTES = 16
-
-
-class RouterStats(NamedTuple):
-    """What a block's router did to the tokens it saw; sums, so that parts of a row add up."""
-
-    probabilities: Tensor
-    """[E] in fp32 or better, differentiable: router probabilities summed over tokens."""
-    assignments: Tensor
-    """[E] int64: how many tokens went to each expert, each of a token's K counted."""
 
 
 class GroupedMatmul(nn.Module):
@@ -118,6 +109,14 @@ def balance_loss(stats: Sequence[RouterStats], num_experts_per_tok: int, row_ass
     return len(assignments) * ((assignments / num_tokens) * (probabilities / num_tokens)).sum()
 
 
+class LayerSum(nn.Module):
+    """The layer_sum seam: what the routers of all layers did, added up; here all layers are at hand. No parameters."""
+
+    def forward(self, stats: Sequence[RouterStats]) -> RouterStats:
+        probabilities = torch.stack([s.probabilities for s in stats]).sum(0)
+        return RouterStats(probabilities, torch.stack([s.assignments for s in stats]).sum(0))
+
+
 class RowSum(nn.Module):
     """The row_sum seam: a part of a row's counts to the row's; here the part is the row. No parameters."""
 
@@ -135,15 +134,8 @@ def init_experts(model: nn.Module, *, std: float) -> None:
 
 
 def balance_objection(request: LayoutRequest) -> str | None:
-    """Why a layout has no load-balancing loss, for the plugin of a family with `output_router_logits`."""
-    if not getattr(request.config, "output_router_logits", False):
-        return None
-    if request.degrees["pp"] > 1:
-        return (
-            f"the router's auxiliary loss takes all blocks as one set and --pp {request.degrees['pp']} deals them out; "
-            f"give --set model.output_router_logits=false, or --pp 1 and more of --dp-shard, --cp or --ep"
-        )
-    if request.micro_batch == 1:
+    """Why rows laid end to end have no load-balancing loss, for the plugin of a family with `output_router_logits`."""
+    if request.micro_batch == 1 or not getattr(request.config, "output_router_logits", False):
         return None
     return (
         f"the router's auxiliary loss is defined row by row and data.micro_batch {request.micro_batch} lays rows end "

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.core.contracts import Losses
+from zoo.core.routing import RouterStats
 from zoo.models.common.decoder import CausalLM, Decoder
-from zoo.models.common.moe import RouterStats, RowSum, SparseMoE, balance_loss
+from zoo.models.common.moe import LayerSum, RowSum, SparseMoE, balance_loss
 
 
 class SparseDecoderLayer(nn.Module):
@@ -71,6 +72,7 @@ class SparseCausalLM(CausalLM):
         super().__init__(model, tie_word_embeddings=tie_word_embeddings)
         self.num_experts_per_tok = num_experts_per_tok
         self.balance_coefficient = balance_coefficient
+        self.layer_sum = LayerSum()
         self.row_sum = RowSum()
 
     def forward(  # type: ignore[override]
@@ -88,10 +90,10 @@ class SparseCausalLM(CausalLM):
         return self._losses(self.loss(h, self.lm_head.weight, labels), stats)
 
     def _losses(self, tokens: Tensor, stats: list[RouterStats]) -> Losses:
-        here = torch.stack([s.assignments for s in stats]).sum(0)
-        row = self.row_sum(here)
-        report = {"expert_load": here.double() / row.sum()}
+        here = self.layer_sum(stats)
+        row = self.row_sum(here.assignments)
+        report = {"expert_load": here.assignments.double() / row.sum()}
         if self.balance_coefficient is None:
             return Losses(tokens, report=report)
-        aux = balance_loss(stats, self.num_experts_per_tok, row)
+        aux = balance_loss([here], self.num_experts_per_tok, row)
         return Losses(tokens, self.balance_coefficient * aux, report | {"aux_loss": aux.detach()})

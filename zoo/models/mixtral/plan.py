@@ -15,7 +15,12 @@ def plan(_config: MixtralConfig) -> ParallelPlan:
     return decoder_plan(
         {"post_attention_layernorm": "sequence"},
         expert=(f"{_MOE}.experts",),
-        seams={"dispatch": f"{_MOE}.dispatch", "grouped_matmul": f"{_MOE}.experts.matmul", "row_sum": "row_sum"},
+        seams={
+            "dispatch": f"{_MOE}.dispatch",
+            "grouped_matmul": f"{_MOE}.experts.matmul",
+            "layer_sum": "layer_sum",
+            "row_sum": "row_sum",
+        },
     )
 
 

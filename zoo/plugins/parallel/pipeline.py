@@ -1,19 +1,17 @@
 """The `pipeline` adapter: blocks are dealt out over the axis `pp`, and torch's schedules order the microbatches.
 
-Only hidden states travel. Masks, positions and labels are on every rank of `pp` already.
+Hidden states travel, and sums of what routers did. Masks, positions and labels are on every rank of `pp` already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -27,9 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
-from zoo.core.forward_backward import Counts, Sums, as_losses
+from zoo.core.forward_backward import Counts, Sums
 from zoo.core.seams import find
-from zoo.plugins.parallel.stages import SCHEDULES, balance, objection, stages_of, virtual
+from zoo.plugins.parallel.cut import Cut
+from zoo.plugins.parallel.stage_model import PassThrough, StageModel, stage_view
+from zoo.plugins.parallel.stages import SCHEDULES, objection
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
@@ -88,59 +88,6 @@ class PipelineParallel:
         return Pipelined(model, self._cut, mesh, setup)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """Where a model is cut, as names of modules."""
-
-    blocks: list[list[str]]
-    """Of each stage."""
-    mine: list[int]
-    """Stages of this rank."""
-    first: list[str]
-    last: list[str]
-    """What only the first and the last stage need."""
-    loss: list[str]
-    row_sum: list[str]
-    """Names of these seams."""
-    tied: frozenset[str]
-    """Parameters that both of them have."""
-    classes: Mapping[str, type[nn.Module]]
-    """Of the modules that hold blocks or ends."""
-    hidden_size: int
-
-    @classmethod
-    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> Cut:
-        """For a whole model on meta."""
-        names, pp, pipeline = find(model, plan.block), mesh.size("pp"), setup.pipeline
-        first, last = ([n for glob in globs for n in find(model, glob)] for globs in (plan.first, plan.last))
-        costs = _costs(model, names, plan, pipeline.scores)
-        # A look-up multiplies nothing.
-        head = sum(_matrix_values(model.get_submodule(name)) for name in last)
-        parts = balance(costs, pp * virtual(pipeline), last=float(head))
-        ends = [{id(p) for name in end for p in model.get_submodule(name).parameters()} for end in (first, last)]
-        holders = {name[:i] for name in (*names, *first, *last) for i, c in enumerate(name) if c == "."}
-        return cls(
-            blocks=[[names[i] for i in part] for part in parts],
-            mine=stages_of(mesh.rank("pp"), pp, pipeline),
-            first=first,
-            last=last,
-            loss=find(model, plan.seams["loss"]),
-            row_sum=find(model, plan.seams["row_sum"]) if "row_sum" in plan.seams else [],
-            tied=frozenset(name for name, p in model.named_parameters() if id(p) in ends[0] & ends[1]),
-            classes={name: type(model.get_submodule(name)) for name in ("", *holders)},
-            hidden_size=next(p.shape[-1] for name in first for p in model.get_submodule(name).parameters()),
-        )
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def holds_end(self) -> bool:
-        """Whether the first or the last stage is here."""
-        return not {0, self.num_stages - 1}.isdisjoint(self.mine)
-
-
 class Pipelined:
     """All microbatches of a step through the stages of this rank."""
 
@@ -154,6 +101,9 @@ class Pipelined:
         self.splits = SCHEDULES[self.schedule_name].splits
         self.stages = [StageModel(stage_view(model, cut, stage, self.splits), cut, stage) for stage in cut.mine]
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
+        if self.device.type != "cpu":
+            # NCCL connects a group in its first call, in which all ranks must take part; a hop leaves some out.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
 
     def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
         """As `ForwardBackward.run`; every rank of `pp` calls it with the same batches."""
@@ -202,16 +152,20 @@ class Pipelined:
 
     def _stage(self, stage: StageModel, shape: torch.Size) -> PipelineStage:
         """What a stage takes and gives is told, for torch would otherwise run it once to see."""
-        hidden = torch.empty(*shape, self.cut.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)
+        exact = torch.promote_types(self.dtype, torch.float32)
+        passed = [torch.empty(*shape, self.cut.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)]
+        if stage.sums:
+            passed.append(torch.empty(self.cut.num_experts, dtype=exact, device="meta", requires_grad=True))
+            passed.append(torch.empty(self.cut.num_experts, dtype=torch.int64, device="meta"))
         number = torch.empty(1, dtype=torch.int64, device="meta")
-        loss = torch.empty((), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=exact, device="meta", requires_grad=True)
         return PipelineStage(
             stage,
             stage.index,
             self.cut.num_stages,
             self.device,
-            input_args=number if stage.is_first else hidden,
-            output_args=loss if stage.is_last else hidden,
+            input_args=number if stage.is_first else tuple(passed),
+            output_args=loss if stage.is_last else tuple(passed),
             group=self.group,
         )
 
@@ -232,125 +186,6 @@ class Pipelined:
             for work in dist.batch_isend_irecv(exchange):
                 work.wait()
             local += theirs
-
-
-class StageModel(nn.Module):
-    """One stage: microbatch by number and hidden states to hidden states, or to a part of the loss."""
-
-    def __init__(self, view: nn.Module, cut: Cut, index: int) -> None:
-        super().__init__()
-        self.view = view
-        self.index = index
-        self.is_first, self.is_last = index == 0, index == cut.num_stages - 1
-        self._step: tuple[Sequence[Batch], Counts, Sums] | None = None
-
-    def begin(self, batches: Sequence[Batch], counts: Counts, sums: Sums) -> None:
-        """Set what the numbers mean and where losses and reports go."""
-        self._step = batches, counts, sums
-
-    def forward(self, hidden: Tensor, number: Tensor) -> Tensor:
-        """hidden `[B, T, D]`, or anything on the first stage, and a number `[1]` on the host."""
-        assert self._step is not None, "begin comes first"
-        batches, counts, sums = self._step
-        batch = batches[int(number)]
-        entry = batch.tokens if self.is_first else hidden
-        losses = as_losses(self.view(entry, batch.positions, batch.mask, batch.labels))
-        sums.add_report(losses, counts.share(batch))
-        if isinstance(losses.rows, Tensor):
-            raise UsageError("--pp: this model has a loss over rows, which needs all of its blocks on one rank")
-        if not self.is_last:
-            return losses.tokens
-        loss = counts.loss(losses, batch)
-        sums.add_loss(loss)
-        return loss
-
-
-def stage_view(model: nn.Module, cut: Cut, stage: int, splits: bool) -> nn.Module:
-    """The model of one stage, sharing modules with that of the rank: a block of another stage is not in it."""
-    blocks = {name for other in cut.blocks for name in other} - set(cut.blocks[stage])
-    is_first, is_last = stage == 0, stage == cut.num_stages - 1
-    passed = {*(() if is_first else cut.first), *(() if is_last else cut.last)}
-
-    def copy(name: str) -> nn.Module:
-        old = model.get_submodule(name)
-        # Of its class before FSDP2, whose modules cannot be copied; hooks come along and act on the original.
-        new: nn.Module = object.__new__(cut.classes[name])
-        new.__dict__.update(old.__dict__)
-        children: dict[str, nn.Module] = {}
-        for leaf, child in old.named_children():
-            full = f"{name}.{leaf}" if name else leaf
-            if full in passed:
-                children[leaf] = PassThrough()
-            elif full in cut.classes:
-                children[leaf] = copy(full)
-            elif full not in blocks:
-                children[leaf] = child
-        new.__dict__["_modules"] = children
-        return new
-
-    view = copy("")
-    for name in cut.loss if is_last and splits else ():
-        view.set_submodule(name, RepeatableLoss(view.get_submodule(name)))
-    for name in cut.row_sum:
-        share = len(cut.blocks[stage]) / sum(map(len, cut.blocks))
-        view.set_submodule(name, WholeRowSum(view.get_submodule(name), share))
-    return view
-
-
-class PassThrough(nn.Module):
-    """In place of an end of the model that another stage has: its first argument."""
-
-    weight = None
-
-    def forward(self, hidden: Tensor, *_rest: Any) -> Tensor:
-        return hidden
-
-
-class WholeRowSum(nn.Module):
-    """The row_sum seam where this stage's blocks are a share of all: every block counts alike, so do those elsewhere.
-
-    Right for the sum of the counts only, which is all there is to ask where no loss is trained on them.
-    """
-
-    def __init__(self, row_sum: nn.Module, share: float) -> None:
-        super().__init__()
-        self.row_sum = row_sum
-        self.share = share
-
-    def forward(self, counts: Tensor) -> Tensor:
-        """Counts of this rank to those of the row in all blocks."""
-        whole: Tensor = self.row_sum(counts).double() / self.share
-        return whole
-
-
-class RepeatableLoss(nn.Module):
-    """The loss seam with gradients that may be asked for twice: for hidden states now, for the weight later."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """As the loss it wraps."""
-        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
-        total = self.loss(*leaves, labels)
-        known: Tensor = _Known.apply(hidden, weight, total.detach(), *torch.autograd.grad(total, leaves))  # type: ignore[no-untyped-call]
-        return known
-
-
-class _Known(torch.autograd.Function):
-    """A value whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, _a: Tensor, _b: Tensor, value: Tensor, da: Tensor, db: Tensor) -> Tensor:
-        ctx.save_for_backward(da, db)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        da, db = ctx.saved_tensors
-        return da * grad.to(da.dtype), db * grad.to(db.dtype), None, None, None
 
 
 @contextmanager
@@ -381,18 +216,3 @@ def _leave_out(model: nn.Module, name: str) -> None:
     """Without its parameters; what has none stays, for it may be a seam."""
     if any(True for _ in model.get_submodule(name).parameters()):
         model.set_submodule(name, PassThrough())
-
-
-def _matrix_values(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
-
-
-def _costs(model: nn.Module, blocks: Sequence[str], plan: ParallelPlan, scores: Sequence[float]) -> list[float]:
-    """Of each block, multiplications of a token: values of matrices, and scores where it has attention."""
-    attending = [name for name in find(model, plan.seams["attention"])]
-    of_layer = dict(zip(attending, scores, strict=True)) if scores else {}
-    return [
-        _matrix_values(model.get_submodule(block))
-        + sum(cost for name, cost in of_layer.items() if name.startswith(f"{block}."))
-        for block in blocks
-    ]

@@ -82,7 +82,7 @@ def objection(request: LayoutRequest) -> str | None:
     if setup.schedule not in SCHEDULES:
         hint = did_you_mean(setup.schedule, SCHEDULES)
         return f"--pp-schedule {setup.schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
-    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection))
+    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection, _shape_objection))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -125,6 +125,18 @@ def _rounds_objection(request: LayoutRequest) -> str | None:
     return (
         f"schedule {setup.schedule} over --pp {pp} needs {want} microbatches a step and --global-batch "
         f"{setup.microbatches * rows} makes {setup.microbatches}; nearest: {choices}"
+    )
+
+
+def _shape_objection(request: LayoutRequest) -> str | None:
+    """Where a row is cut unevenly, documents decide which rank gets the token more."""
+    seq, cp = request.seq, request.degrees["cp"]
+    if seq % cp == 0:
+        return None
+    near = sorted({max(1, seq // cp) * cp, (seq // cp + 1) * cp})
+    return (
+        f"a pipeline's microbatches have one shape and --seq {seq} is no multiple of --cp {cp}; "
+        f"type {' or '.join(f'--seq {n}' for n in near)}"
     )
 
 
