@@ -11,7 +11,7 @@ from zoo.core.contracts import ModelEntry
 from zoo.core.errors import DataError, UsageError
 from zoo.core.flags import from_flags
 from zoo.core.job import Job, LayoutSection
-from zoo.core.mesh import AXES, resolve_degrees
+from zoo.core.mesh import AXES, Degrees, resolve_degrees
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import prepare, with_recipe
 from zoo.core.registry import Registry
@@ -32,11 +32,7 @@ def check_for_nodes(
     if job.model.source is None and job.model.size is None:
         # The size that nodes with accelerators would take; this machine may have none.
         job = with_recipe(registry, *layers, {"model.size": (entry.default_size, "default")})
-    refusal = _misfit(job.layout, nodes, gpus_per_node)
-    if refusal:
-        raise UsageError(refusal)
-    ranks = nodes * gpus_per_node
-    resolve_degrees(job.layout, world_size=ranks, available=None)
+    ranks = fill_nodes(job.layout, nodes, gpus_per_node).world_size
     if job.model.source not in (None, SCRATCH) and not Path(job.model.source).exists():
         return job, _unchecked(f"--from {job.model.source}")
     if job.model.source is None and job.model.size in entry.sizes and not entry.embedded:
@@ -48,6 +44,14 @@ def check_for_nodes(
         return job, _unchecked(f"--data {job.data.path}")
     prepare(known.replace("attention", backend="auto"), registry, world_size=ranks)
     return job, None
+
+
+def fill_nodes(layout: LayoutSection, nodes: int, gpus_per_node: int) -> Degrees:
+    """The degrees on all ranks of the nodes. Raises UsageError with the nearest numbers if they cannot fill them."""
+    refusal = _misfit(layout, nodes, gpus_per_node)
+    if refusal:
+        raise UsageError(refusal)
+    return resolve_degrees(layout, world_size=nodes * gpus_per_node, available=None)
 
 
 def _unchecked(absent: str) -> str:
