@@ -101,7 +101,13 @@ def _job(
     job, unchecked = cluster.check_for_nodes(plugins, model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
     if unchecked:
         click.echo(f"warning: {unchecked}", err=True)
-    return ClusterJob(words=words, name=name or f"zoo-{job.model.name}", nodes=nodes, gpus_per_node=gpus_per_node)
+    return ClusterJob(
+        words=words,
+        name=name or f"zoo-{job.model.name}",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        max_restarts=job.launch.max_restarts,
+    )
 
 
 def _parsed(ctx: click.Context, words: list[str]) -> tuple[str | None, dict[str, Any]]:

@@ -26,6 +26,7 @@ from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.train import train
 from zoo.core.units import format_count
+from zoo.core.watchdog import Heart, LoneHeart
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,9 +95,15 @@ def run(
     if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
     if ranks == 1 or world_size is not None:
-        return train(job, plugins)
+        with Heart() if world_size is None else LoneHeart(job.layout.timeout) as heart:
+            return train(job, plugins, heart)
     quiet_launcher()
-    launch({"job": job.settings(), "plugins": plugins.resolved()}, ranks)
+    launch(
+        {"job": job.settings(), "plugins": plugins.resolved()},
+        ranks,
+        max_restarts=job.launch.max_restarts,
+        timeout_s=job.layout.timeout,
+    )
     return out
 
 

@@ -93,6 +93,8 @@ class LayoutSection:
     """How rows are cut: head-tail, balanced (equal tokens and scores), contiguous; auto takes what suits the row."""
     cp_wire: str | None = None
     """Type in which K/V and their gradients travel between ranks, if narrower than their own: bfloat16."""
+    timeout: float | None = None
+    """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +126,14 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSection:
+    """How ranks are kept alive; changes nothing that is computed."""
+
+    max_restarts: int = 0
+    """Times that ranks are started again, from the last finished checkpoint, after one died or hung."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSection:
     """What is said."""
 
@@ -146,6 +156,7 @@ class Job:
     attention: AttentionSection = field(default_factory=AttentionSection)
     memory: MemorySection = field(default_factory=MemorySection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
     log: LogSection = field(default_factory=LogSection)
 
     @classmethod

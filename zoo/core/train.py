@@ -31,16 +31,17 @@ from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
+from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
 from zoo.core.world import process_group
 
 
-def train(job: Job, plugins: Plugins) -> Path:
+def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     """Train to the last step and return the run directory. Collective: every rank calls it with the same job.
 
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    with process_group() as device, StopSignals() as signals:
+    with process_group(job.layout.timeout or DEFAULT_TIMEOUT_S) as device, StopSignals() as signals:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())
@@ -48,7 +49,7 @@ def train(job: Job, plugins: Plugins) -> Path:
             run = _Run.build(prepared, registry, device)
             voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
             try:
-                _loop(run, signals, voice)
+                _loop(run, signals, voice, heart)
             except BaseException as error:
                 voice.ended(error)
                 raise
@@ -160,11 +161,12 @@ class _Run:
         )
 
 
-def _loop(run: _Run, signals: StopSignals, voice: Voice) -> None:
+def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     voice.started()
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
+        heart.beat()
         run.meter.add(run.step())
         step = run.state.step
         stopping = signals.any_rank_asked()
