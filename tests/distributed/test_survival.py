@@ -146,6 +146,21 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
 
 
 @pytest.mark.dist
+def test_a_loss_that_is_no_number_names_its_module_and_spoils_nothing(tmp_path):
+    run = tmp_path / "run"
+    _, err = zoo("finetune", *JOB, "--lr", "1e10", "--out", run, status=6)
+    # Weights of 1e10 make queries and keys of 1e21, finite in fp32; their products are the first that are not.
+    error = err.splitlines()[-1]
+    assert error.startswith(
+        "Error: step 2: the loss is nan; it first appeared in the output of model.layers.0.self_attn."
+    )
+    assert error.endswith("step-1 is intact")
+    assert "Traceback" not in err
+    assert Checkpoints(run, keep=1).steps() == [1]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.dist
 def test_one_run_directory_takes_one_process_at_a_time(tmp_path):
     run = tmp_path / "run"
     job = ("finetune", "llama3", "--seq", "256", "--steps", "2000", "--out", run)
