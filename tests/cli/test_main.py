@@ -234,3 +234,27 @@ def test_strict_plugins_stop_commands_but_not_their_inspection(zoo, distribution
 def test_python_m_zoo_is_zoo():
     done = subprocess.run([sys.executable, "-m", "zoo", "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"zoo, version {__version__}\n"
+
+
+def test_a_layout_is_drawn_without_model_data_or_adapter(zoo, tmp_path):
+    status, out, _ = zoo("plan", "--layout-only", "--tp", "2", "--cp", "2", "--svg", str(tmp_path / "mesh.svg"))
+    assert status == 0
+    assert "tp              A  A  B  B\ncp              A  B  A  B" in out
+    assert (tmp_path / "mesh.svg").read_text().startswith("<svg ")
+    status, out, _ = zoo("plan", "llama3", "--layout-only", "--pp", "4", "--nodes", "32")
+    assert "256 ranks on 32 nodes of 8: pp 4 x dp_shard 64" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--layout-only", "--cp", "3", "--nodes", "1"], "nearest: --nodes 3 or --cp 2 or --cp 4"),
+        (["--layout-only", "--cp", "2", "--ep", "3", "--dp-shard", "2"], "nearest: --ep 2 or --ep 4"),
+        (["--layout-only", "--cp", "2", "--svg", "/nowhere/x.svg"], "--svg /nowhere/x.svg: No such file"),
+        (["llama3", "--svg", "x.svg"], "give --layout-only"),
+    ],
+)
+def test_a_layout_that_cannot_be_drawn_is_refused(zoo, words, says):
+    status, out, err = zoo("plan", *words)
+    assert (status, out) == (2, "")
+    assert says in err

@@ -20,6 +20,10 @@ def test_on_a_cpu_only_what_was_asked_for_is_started():
     assert resolve_degrees(LayoutSection(cp=8), world_size=None, available=None).world_size == 8
 
 
+def test_ranks_of_an_outer_launcher_may_be_on_more_machines_than_this_one():
+    assert resolve_degrees(LayoutSection(cp=16), world_size=16, available=8).world_size == 16
+
+
 @pytest.mark.parametrize(
     ("layout", "world_size", "available", "words"),
     [

@@ -69,6 +69,46 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
 
 
 @pytest.mark.dist
+def test_a_killed_rank_is_started_again_and_a_warning_of_the_cluster_saves(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start("finetune", *JOB, "--out", run, "--max-restarts", "1")
+    victim = wait_for_workers(process, run, 0)[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: not os.path.exists(f"/proc/{victim}"))
+    died_after = max(Checkpoints(run, keep=1).steps())
+    wait_for_workers(process, run, died_after)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "was killed by SIGKILL (often: out of memory). Restart 1 of 1." in err
+    assert "SIGUSR1: finishing the step, then saving" in err
+    assert "Traceback" not in err
+    found = losses(read_metrics(run / "metrics.jsonl"))
+    assert len(found) == max(Checkpoints(run, keep=1).steps())
+    assert found == undisturbed[: len(found)]
+
+
+@pytest.mark.dist
+def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
+    run = tmp_path / "run"
+    # The timeout is that of the start too, which takes seconds where cores are few.
+    process = start("finetune", *JOB, "--steps", "4000", "--out", run, "--set", "layout.timeout=8")
+    ranks = wait_for_workers(process, run, 0)
+    os.kill(ranks[0], signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8 + 6
+    assert process.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert "no step ended in 8 s (layout.timeout)" in error
+    hung, waiting = (0, 1) if "rank 0 hangs" in error else (1, 0)
+    assert f"rank {hung} hangs and does not answer" in error
+    assert f"rank {waiting} waits in " in error
+    assert "zoo/core/train.py" in err.partition(f"rank {waiting}:")[2]
+    assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.dist
 def test_a_second_signal_aborts_at_once_and_leaves_no_rank_behind(tmp_path):
     run = tmp_path / "run"
     process = start("finetune", "llama3", "--seq", "16k", "--cp", "2", "--steps", "99", "--out", run)
@@ -106,6 +146,21 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
 
 
 @pytest.mark.dist
+def test_a_loss_that_is_no_number_names_its_module_and_spoils_nothing(tmp_path):
+    run = tmp_path / "run"
+    _, err = zoo("finetune", *JOB, "--lr", "1e10", "--out", run, status=6)
+    # Weights of 1e10 make queries and keys of 1e21, finite in fp32; their products are the first that are not.
+    error = err.splitlines()[-1]
+    assert error.startswith(
+        "Error: step 2: the loss is nan; it first appeared in the output of model.layers.0.self_attn."
+    )
+    assert error.endswith("step-1 is intact")
+    assert "Traceback" not in err
+    assert Checkpoints(run, keep=1).steps() == [1]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.dist
 def test_one_run_directory_takes_one_process_at_a_time(tmp_path):
     run = tmp_path / "run"
     job = ("finetune", "llama3", "--seq", "256", "--steps", "2000", "--out", run)
@@ -126,6 +181,13 @@ def wait_for_workers(process, run, already):
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.02)
     return [int(pid) for pid in children(process.pid)]
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def wait_for_a_save(run):

@@ -9,6 +9,7 @@ import select
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ CORE_COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("zoo.cli.models:models", "List model families and their sizes."),
     "plan": ("zoo.cli.plan:plan", "Say what a job would do and need, without running it."),
     "finetune": ("zoo.cli.finetune:finetune", "Train a model on long sequences."),
+    "launch": ("zoo.cli.launch:launch", "Write the script or manifest that runs a job on many nodes."),
     "data": ("zoo.cli.data:data", "Look at training data as training will see it."),
     "import": ("zoo.cli.import_:import_", "Check a Hugging Face checkpoint and copy it here."),
     "export": ("zoo.cli.export:export", "Write a run as a Hugging Face checkpoint."),
@@ -100,7 +102,19 @@ def cli(ctx: click.Context, no_plugin: tuple[str, ...], plugin: tuple[str, ...])
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status. No exception leaves it but SystemExit."""
+    """Run a command line and return its exit status. No exception leaves it but SystemExit.
+
+    torchrun knows success and failure, and starts what failed again. So a rank that saved on a signal leaves its 75 in
+    the file named by ZOO_STATUS_FILE, if any, and succeeds.
+    """
+    status, file = _run(args), os.environ.get("ZOO_STATUS_FILE")
+    if status == SavedOnSignal.exit_code and file and "RANK" in os.environ:
+        Path(file).write_text(str(status))
+        return 0
+    return status
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         status = cli.main(args=args, prog_name="zoo", standalone_mode=False)
         sys.stdout.flush()

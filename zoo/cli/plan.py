@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from zoo.cli.job_options import job_options
+from zoo.core.errors import UsageError
 from zoo.core.plugins import Plugins
 
 
 @click.command()
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="the resolved job and the reasons as JSON")
+@click.option(
+    "--layout-only", is_flag=True, help="draw the mesh: which rank sits in which group; needs no model, no data"
+)
+@click.option("--svg", default=None, metavar="FILE", help="with --layout-only: as a picture too")
+@click.option("--nodes", default=None, type=click.IntRange(1), metavar="N", help="with --layout-only: machines to fill")
+@click.option(
+    "--gpus-per-node", default=8, type=click.IntRange(1), metavar="G", help="with --layout-only: ranks of a machine"
+)
 @click.pass_obj
-def plan(plugins: Plugins, /, model: str | None, as_json: bool, **flags: Any) -> None:
+def plan(
+    plugins: Plugins,
+    /,
+    model: str | None,
+    as_json: bool,
+    layout_only: bool,
+    svg: str | None,
+    nodes: int | None,
+    gpus_per_node: int,
+    **flags: Any,
+) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
     from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
 
+    if layout_only:
+        text, picture = api.layout(model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
+        if svg is not None:
+            _write(Path(svg), picture)
+        click.echo(text)
+        return
+    if svg is not None or nodes is not None:
+        raise UsageError("--svg and --nodes draw the mesh; give --layout-only too")
     prepared = api.ready(plugins, model, flags)
     if as_json:
         click.echo(json.dumps({"job": prepared.job.settings(), "notes": dict(prepared.notes)}, indent=2, default=str))
     else:
         click.echo("\n".join(api.head(prepared)))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UsageError(f"--svg {path}: {error.strerror}") from None

@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zoo.core import checkpoint, weights
+from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError
 from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
+from zoo.core.job import Job
 from zoo.core.launch import inside_launcher, launch, quiet_launcher
+from zoo.core.mesh import resolve_degrees
+from zoo.core.mesh_drawing import draw_svg, draw_text
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.train import train
 from zoo.core.units import format_count
+from zoo.core.watchdog import Heart, LoneHeart
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,10 +95,30 @@ def run(
     if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
     if ranks == 1 or world_size is not None:
-        return train(job, plugins)
+        with Heart() if world_size is None else LoneHeart(job.layout.timeout) as heart:
+            return train(job, plugins, heart)
     quiet_launcher()
-    launch({"job": job.settings(), "plugins": plugins.resolved()}, ranks)
+    launch(
+        {"job": job.settings(), "plugins": plugins.resolved()},
+        ranks,
+        max_restarts=job.launch.max_restarts,
+        timeout_s=job.layout.timeout,
+    )
     return out
+
+
+def layout(model: str | None, flags: Mapping[str, Any], *, nodes: int | None, gpus_per_node: int) -> tuple[str, str]:
+    """The mesh of a job as text and as SVG; by arithmetic alone, so also for axes that no adapter serves yet.
+
+    `nodes` of `gpus_per_node` ranks are filled if given; else there are as many ranks as the degrees need.
+    """
+    # The name of a model has no part in it.
+    job = Job.from_settings(*from_flags(model or "any", flags))
+    if nodes is None:
+        degrees = resolve_degrees(job.layout, world_size=None, available=None)
+    else:
+        degrees = fill_nodes(job.layout, nodes, gpus_per_node)
+    return draw_text(degrees, gpus_per_node), draw_svg(degrees, gpus_per_node)
 
 
 def head(prepared: Prepared) -> list[str]:

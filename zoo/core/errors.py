@@ -31,9 +31,13 @@ class DataError(ZooError):
 
 
 class NumericsError(ZooError):
-    """A loss or a gradient stopped being a number."""
+    """A loss or a gradient stopped being a number, at `step` if that is known."""
 
     exit_code = 6
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class SavedOnSignal(ZooError):

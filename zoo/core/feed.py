@@ -96,6 +96,12 @@ class Feed:
         """Start nothing more. What is being read is not waited for: it may wait for ranks that are gone."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def drain(self) -> None:
+        """Start nothing more, and wait for what every rank is reading now; their process groups are quiet then."""
+        if self._next is not None:
+            self._next.exception()
+        self.close()
+
     def _submit(self) -> Future[StepData] | None:
         self._left -= 1
         return self._thread.submit(self._make) if self._left >= 0 else None

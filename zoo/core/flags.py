@@ -58,6 +58,7 @@ FLAGS = (
     Flag("keep", "checkpoint.keep", "finished checkpoints to keep", "N"),
     Flag("out", "checkpoint.out", "run directory; named after the job if not given", "DIR"),
     Flag("resume", "checkpoint.resume", "auto, never, or a run or checkpoint to go on from"),
+    Flag("max-restarts", "launch.max_restarts", "times that ranks are started again after one died or hung", "N"),
     Flag("log-every", "log.every", "steps between progress lines", "N"),
     Flag("track", "log.track", "metrics sinks beside metrics.jsonl, separated by commas", "NAMES"),
 )

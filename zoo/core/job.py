@@ -101,6 +101,8 @@ class LayoutSection:
     """Order of forward and backward over microbatches and stages: 1f1b, gpipe, interleaved, zero-bubble, zbv."""
     pp_virtual: int | None = None
     """Stages a rank; as few as the schedule needs if unset."""
+    timeout: float | None = None
+    """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,14 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSection:
+    """How ranks are kept alive; changes nothing that is computed."""
+
+    max_restarts: int = 0
+    """Times that ranks are started again, from the last finished checkpoint, after one died or hung."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSection:
     """What is said."""
 
@@ -154,6 +164,7 @@ class Job:
     attention: AttentionSection = field(default_factory=AttentionSection)
     memory: MemorySection = field(default_factory=MemorySection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
     log: LogSection = field(default_factory=LogSection)
 
     @classmethod

@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import ZooError
+from zoo.core.watchdog import Watchdog
 
 
 def inside_launcher() -> bool:
@@ -49,37 +50,65 @@ TRAINING = Work(
 )
 
 
-def launch(payload: dict[str, Any], num_ranks: int, work: Work = TRAINING) -> Any:
+def launch(
+    payload: dict[str, Any],
+    num_ranks: int,
+    work: Work = TRAINING,
+    *,
+    max_restarts: int = 0,
+    timeout_s: float | None = None,
+) -> Any:
     """Run a program on `num_ranks` ranks of this machine until they end; returns the answer a rank left, if any.
 
-    SIGTERM and SIGINT are passed on once, as a wish to stop; a second one aborts. Raises what the ranks raised: a
-    ZooError as it is, anything else as WorkerDied.
+    SIGTERM, SIGINT and SIGUSR1 are passed on, as a wish to stop; a second SIGTERM or SIGINT aborts. If a rank died or
+    hung, all are started again, `max_restarts` times at most; a rank hangs if it has not beaten for `timeout_s`. Raises
+    what the ranks raised: a ZooError as it is, anything else as WorkerDied.
     """
-    with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
-        office = Office(Path(folder))
-        office.payload.write_text(json.dumps(payload))
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_ranks,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(),
-            # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
-            signals_to_handle="SIGHUP",
-        )
-        os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
-        restore = _forward_signals(office, work)
-        try:
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
+    # Ranks whose peer is gone have nothing to finish, and do not end by a SIGTERM that they take as a wish.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    for restart in range(max_restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
+            office = Office(Path(folder))
+            office.payload.write_text(json.dumps(payload))
+            try:
+                _start(office, num_ranks, work, timeout_s)
+            except WorkerDied as died:
+                if restart == max_restarts or office.stopping.exists():
+                    raise
+                sys.stderr.write(f"{died.what}. Restart {restart + 1} of {max_restarts}.\n")
+                continue
+            return json.loads(office.answer.read_text()) if office.answer.exists() else None
+    raise AssertionError("the last try returns or raises")
+
+
+def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) -> None:
+    """One try, from the first process to the end of the last. Raises what the ranks raised."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(),
+        # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
+        signals_to_handle="SIGHUP",
+    )
+    restore = _forward_signals(office, work)
+    watchdog = Watchdog(office.root, timeout_s)
+    try:
+        with watchdog:
             elastic_launch(config, sys.executable)("-m", work.module, str(office.root))
-        except ChildFailedError as error:
-            raise office.verdict(error, work) from None
-        finally:
-            restore()
-        return json.loads(office.answer.read_text()) if office.answer.exists() else None
+    except ChildFailedError as error:
+        if watchdog.verdict:
+            sys.stderr.write(watchdog.stacks)
+            raise WorkerDied(watchdog.verdict, work) from None
+        raise office.verdict(error, work) from None
+    finally:
+        restore()
 
 
 def quiet_launcher() -> None:
@@ -89,7 +118,12 @@ def quiet_launcher() -> None:
 
 
 class WorkerDied(ZooError):
-    """A rank ended without saying why: killed, out of memory, or an unexpected exception."""
+    """A rank ended without saying why, or hung: killed, out of memory, or an unexpected exception."""
+
+    def __init__(self, what: str, work: Work, hint: str = "") -> None:
+        super().__init__(f"{what}. {work.again}{hint}")
+        self.what = what
+        """Which rank, and of what."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,11 @@ class Office:
     def answer(self) -> Path:
         """JSON that one of the ranks leaves for the launcher to return."""
         return self.root / "answer.json"
+
+    @property
+    def stopping(self) -> Path:
+        """Exists once ranks were asked to stop."""
+        return self.root / "stopping"
 
     def check_in(self, rank: int) -> None:
         """Leave this rank's process id, so that signals reach it."""
@@ -140,18 +179,17 @@ class Office:
             return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
         killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
         silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
-        again = work.again
         if silent:
             rank, code = silent[0]
             name = signal.Signals(-code).name
             hint = " (often: out of memory)" if name == "SIGKILL" else ""
-            return WorkerDied(f"rank {rank} was killed by {name}{hint}. {again}")
+            return WorkerDied(f"rank {rank} was killed by {name}{hint}", work)
         if said:
             if os.environ.get("ZOO_DEBUG"):
                 sys.stderr.write(said[0]["traceback"])
-            return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}. {again}; ZOO_DEBUG=1 shows where")
+            return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
         rank, first = next(iter(failure.failures.items()))
-        return WorkerDied(f"rank {rank} ended with status {first.exitcode} before it could say why. {again}")
+        return WorkerDied(f"rank {rank} ended with status {first.exitcode} before it could say why", work)
 
 
 def _threads(num_ranks: int) -> int:
@@ -160,19 +198,25 @@ def _threads(num_ranks: int) -> int:
 
 
 def _forward_signals(office: Office, work: Work) -> Callable[[], None]:
-    """Pass the first SIGTERM or SIGINT on to the ranks; the second raises KeyboardInterrupt here, which ends them."""
+    """Pass signals on to the ranks; a second SIGTERM or SIGINT raises KeyboardInterrupt here, which ends them.
+
+    SIGUSR1 is a cluster's warning, and what follows it no second thought of somebody at a keyboard.
+    """
     asked = False
 
     def handler(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        warned = number == signal.SIGUSR1
+        if asked and not warned:
             office.send(signal.SIGKILL)
             raise KeyboardInterrupt
-        asked = True
-        sys.stderr.write(f"{signal.Signals(number).name}: {work.on_signal}.\n")
+        asked = asked or not warned
+        office.stopping.touch()
+        said = work.on_signal.partition(". ")[0] if warned else work.on_signal
+        sys.stderr.write(f"{signal.Signals(number).name}: {said}.\n")
         office.send(signal.SIGTERM)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def restore() -> None:
         for number, old in before.items():

@@ -72,7 +72,8 @@ def resolve_degrees(layout: LayoutSection, *, world_size: int | None, available:
             f"{asked or '--cp 1'} needs a multiple of {fixed} ranks and this launcher started {world_size}; "
             f"start {fixed * max(1, world_size // fixed)}, or choose degrees whose product divides {world_size}"
         )
-    if available is not None and ranks > available:
+    # An outer launcher's ranks may be on several machines, and it saw to the accelerators.
+    if world_size is None and available is not None and ranks > available:
         raise UsageError(
             f"{asked} needs {ranks} ranks and this machine has {available} accelerators; "
             f"lower a degree, or start more machines with torchrun"

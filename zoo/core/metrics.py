@@ -89,7 +89,8 @@ class Meter:
     def _metrics(self, pending: Pending, loss: float, norm: float, step_s: float, memory: float) -> dict[str, float]:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient norm"
-            raise NumericsError(f"step {pending.step}: the {what} is {loss if what == 'loss' else norm}")
+            value = loss if what == "loss" else norm
+            raise NumericsError(f"step {pending.step}: the {what} is {value}", pending.step)
         step_tokens = self.seq * self.global_batch
         self.tokens += step_tokens
         self.trained += pending.trained_tokens

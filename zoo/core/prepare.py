@@ -182,6 +182,10 @@ def _check_values(job: Job) -> None:
     for key in _AT_LEAST_ONE:
         if values[key] < 1:
             raise UsageError(f"{key} is {values[key]}; it is at least 1")
+    if job.launch.max_restarts < 0:
+        raise UsageError(f"--max-restarts {job.launch.max_restarts}: it is not negative")
+    if job.layout.timeout is not None and not job.layout.timeout > 0:
+        raise UsageError(f"layout.timeout is {job.layout.timeout}; it is seconds, more than 0")
     if not job.optim.lr >= 0:
         raise UsageError(f"--lr {job.optim.lr}: a learning rate is not negative")
 
@@ -284,7 +288,10 @@ def _settled(
 
 def _default_out(job: Job, origin: Origin) -> str:
     """runs/<model>-<size>-<seq>-<hash>: the same command finds its run again, another command another."""
-    digest = hashlib.sha256(json.dumps(job.settings(), sort_keys=True, default=str).encode()).hexdigest()[:6]
+    # How ranks are kept alive makes it no other run.
+    lasting = job.replace("layout", timeout=None).settings()
+    del lasting["launch"]
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()[:6]
     base = Path("runs") / f"{origin.entry.name}-{origin.size}-{format_tokens(job.data.seq)}-{digest}"
     if job.checkpoint.resume != "never":
         return str(base)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to save and stop, shared by all ranks."""
+"""SIGTERM, SIGINT and SIGUSR1 (a cluster's warning) as a wish to save and stop, shared by all ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch.distributed as dist
 
 from zoo.core.launch import inside_launcher
 
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class StopSignals:
     """Inside `with`, a signal is noted instead of ending the process. The launcher's death is a wish to stop too."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._by_hand = False
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in _ASKING}
         self._parent = os.getppid()
         return self
 
@@ -35,7 +37,8 @@ class StopSignals:
         return bool(flag.item())
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        """A second signal aborts a run of one process; ranks of a launcher leave that to it."""
-        if self._asked and not inside_launcher():
+        """A second SIGTERM or SIGINT aborts a run of one process; ranks of a launcher leave that to it."""
+        warned = number == signal.SIGUSR1
+        if self._by_hand and not warned and not inside_launcher():
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked, self._by_hand = True, self._by_hand or not warned

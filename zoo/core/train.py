@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,12 +17,13 @@ import yaml
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
-from zoo.core.errors import DataError, PluginError, SavedOnSignal, UsageError
+from zoo.core.errors import DataError, NumericsError, PluginError, SavedOnSignal, UsageError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
+from zoo.core.numerics import first_of_ranks, traced
 from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
@@ -31,16 +33,17 @@ from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
+from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
 from zoo.core.world import process_group
 
 
-def train(job: Job, plugins: Plugins) -> Path:
+def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     """Train to the last step and return the run directory. Collective: every rank calls it with the same job.
 
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    with process_group() as device, StopSignals() as signals:
+    with process_group(job.layout.timeout or DEFAULT_TIMEOUT_S) as device, StopSignals() as signals:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())
@@ -48,7 +51,10 @@ def train(job: Job, plugins: Plugins) -> Path:
             run = _Run.build(prepared, registry, device)
             voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
             try:
-                _loop(run, signals, voice)
+                try:
+                    _loop(run, signals, voice, heart)
+                except NumericsError as error:
+                    raise _blamed(error, run, registry, voice, heart) from None
             except BaseException as error:
                 voice.ended(error)
                 raise
@@ -160,11 +166,12 @@ class _Run:
         )
 
 
-def _loop(run: _Run, signals: StopSignals, voice: Voice) -> None:
+def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     voice.started()
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
+        heart.beat()
         run.meter.add(run.step())
         step = run.state.step
         stopping = signals.any_rank_asked()
@@ -178,6 +185,33 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice) -> None:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
+
+
+def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
+    """The error with the module it began in: from the last checkpoint on the steps are computed again; collective.
+
+    Weights after a bad step are bad everywhere, and those before it are nowhere but there.
+    """
+    own = run.checkpoints.steps()
+    kept = f"step-{own[-1]} is intact" if own else "there was no checkpoint yet"
+    voice.noted(f"{error}; computing from step {own[-1] if own else run.first_step} on again, to find the module")
+    run.feed.drain()
+    del run.state  # to make room
+    gc.collect()
+    resume = run.prepared.job.replace("checkpoint", resume="auto") if own else run.prepared.job
+    again = _Run.build(replace(run.prepared, job=resume), registry, run.device)
+    try:
+        while again.state.step < error.step - 1:
+            heart.beat()
+            again.step()
+        with traced(again.state.model) as trace:
+            again.step()
+        where = first_of_ranks(trace)
+    finally:
+        again.feed.drain()
+        if again.stream is not None:
+            again.stream.close()
+    return NumericsError(f"{error}; {where}. {kept}", error.step)
 
 
 def _save(run: _Run, voice: Voice, *, must: bool) -> None:

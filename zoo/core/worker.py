@@ -13,6 +13,7 @@ from zoo.core.job import Job
 from zoo.core.launch import Office
 from zoo.core.plugins import Plugins
 from zoo.core.train import train
+from zoo.core.watchdog import WatchedHeart
 
 
 def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
@@ -30,8 +31,9 @@ def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
     os._exit(status)
 
 
-def _train(payload: dict[str, Any], _office: Office) -> None:
-    train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]))
+def _train(payload: dict[str, Any], office: Office) -> None:
+    with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
+        train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,15 +12,19 @@ from torch._C._distributed_c10d import HashStore
 
 from zoo.core.device import accelerator_type
 from zoo.core.launch import inside_launcher
+from zoo.core.watchdog import DEFAULT_TIMEOUT_S, MARGIN_S
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The world, and this rank's device: gloo for the host, and the accelerator's own backend beside it."""
+def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[torch.device]:
+    """The world, and this rank's device: gloo for the host, and the accelerator's own backend beside it.
+
+    torch's own timeouts come after those of the watchdog, which say more.
+    """
     kind = accelerator_type()
     backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if kind else "gloo"
     if inside_launcher():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + MARGIN_S))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     device = torch.device("cpu")
