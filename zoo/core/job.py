@@ -93,6 +93,8 @@ class LayoutSection:
     """How rows are cut: head-tail, balanced (equal tokens and scores), contiguous; auto takes what suits the row."""
     cp_wire: str | None = None
     """Type in which K/V and their gradients travel between ranks, if narrower than their own: bfloat16."""
+    sequence_parallel: bool = True
+    """With tp: norms and the residual are cut on tokens over its ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +276,8 @@ def _coerce(value: Any, target: dataclasses.Field[Any], where: str) -> Any:
         return parse_tokens(value, name=where)
     if typing.get_origin(kind) is tuple:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    if kind is bool and not isinstance(value, bool):
+        raise UsageError(f"{where}: '{value}' is neither true nor false")
     try:
         if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
             raise ValueError

@@ -30,6 +30,7 @@ from zoo.core.contracts import (
 )
 from zoo.core.device import accelerator_type, num_accelerators
 from zoo.core.errors import UsageError
+from zoo.core.inventory import cut_widths
 from zoo.core.job import Job, Settings
 from zoo.core.mesh import Degrees, resolve_degrees
 from zoo.core.registry import Registry
@@ -120,10 +121,12 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         micro_batch=job.data.micro_batch,
         model=origin.entry.name,
         config=config,
-        problem=_problem(heads, dtype),
+        problem=_problem(heads, dtype, degrees),
         heads=dict(heads.most_common()),
         windows=_windows(job, origin, config),
         experts=origin.spec.experts(config),
+        widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
+        sequence_parallel=job.layout.sequence_parallel,
     )
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
@@ -215,9 +218,9 @@ def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
     return job.replace("data", global_batch=wanted), wanted
 
 
-def _problem(heads: Counter[HeadShape], dtype: str) -> AttentionProblem:
-    """Of the heads that most layers have; the first of several."""
-    ((most, _),) = heads.most_common(1)
+def _problem(heads: Counter[HeadShape], dtype: str, degrees: Degrees) -> AttentionProblem:
+    """Of the heads that most layers have, as a rank holds them; the first of several."""
+    most = heads.most_common(1)[0][0].over(degrees.tp)
     return AttentionProblem(
         device=accelerator_type() or "cpu",
         dtype=dtype,
@@ -249,6 +252,7 @@ def _setup(
         dtype=dtype,
         # Weights and optimizer state are never held below fp32.
         master_dtype="float32" if dtype == "bfloat16" else dtype,
+        sequence_parallel=job.layout.sequence_parallel,
     )
 
 
