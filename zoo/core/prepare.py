@@ -114,20 +114,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
-    heads = Counter(origin.spec.heads(config))
-    request = LayoutRequest(
-        degrees=degrees.mapping(),
-        seq=job.data.seq,
-        micro_batch=job.data.micro_batch,
-        model=origin.entry.name,
-        config=config,
-        problem=_problem(heads, dtype, degrees),
-        heads=dict(heads.most_common()),
-        windows=_windows(job, origin, config),
-        experts=origin.spec.experts(config),
-        widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
-        sequence_parallel=job.layout.sequence_parallel,
-    )
+    request = _request(job, origin, config, degrees, dtype)
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
     setup = _setup(job, schemes, request.windows, dtype)
@@ -216,6 +203,24 @@ def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
             f"{job.data.micro_batch} rows a microbatch = {unit}; nearest: --global-batch {nearest}"
         )
     return job.replace("data", global_batch=wanted), wanted
+
+
+def _request(job: Job, origin: Origin, config: Any, degrees: Degrees, dtype: str) -> LayoutRequest:
+    """What adapters and plugins are asked to agree to, but for the context schemes."""
+    heads = Counter(origin.spec.heads(config))
+    return LayoutRequest(
+        degrees=degrees.mapping(),
+        seq=job.data.seq,
+        micro_batch=job.data.micro_batch,
+        model=origin.entry.name,
+        config=config,
+        problem=_problem(heads, dtype, degrees),
+        heads=dict(heads.most_common()),
+        windows=_windows(job, origin, config),
+        experts=origin.spec.experts(config),
+        widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
+        sequence_parallel=job.layout.sequence_parallel,
+    )
 
 
 def _problem(heads: Counter[HeadShape], dtype: str, degrees: Degrees) -> AttentionProblem:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle
 from zoo.core.errors import UsageError
-from zoo.core.seams import find, swap
+from zoo.core.seams import find, matches, swap
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,
@@ -73,7 +73,7 @@ class TensorParallel:
         """
         ranks = TensorRanks(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
-        styles = {name: style for glob, style in plan.tensor.items() for name in find(model, glob)}
+        styles = _styles(model, plan)
         for name, style in styles.items():
             if style != "sequence":
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
@@ -99,6 +99,12 @@ def _counts(request: LayoutRequest) -> list[tuple[int, str]]:
     heads = [(shape.num_heads, "query heads") for shape in request.heads]
     heads += [(shape.num_kv_heads, "key/value heads") for shape in request.heads]
     return heads + [(width, f"rows or columns of {name}") for name, width in request.widths]
+
+
+def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
+    """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
+    held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
 
 
 def _share_the_rest(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:

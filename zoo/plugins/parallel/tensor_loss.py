@@ -97,8 +97,8 @@ def _chunk(
     dist.all_reduce(highest, ReduceOp.MAX, group=group)
     valid = (targets != IGNORE).to(exact)
     local = targets - group.rank() * weight.shape[0]
-    # IGNORE is below every word's number.
-    present = (local >= 0) & (local < weight.shape[0]) & (targets != IGNORE)
+    # IGNORE is below every word's number, so it is nowhere present.
+    present = (local >= 0) & (local < weight.shape[0])
     index, mine = local.where(present, 0)[:, None], present.to(exact)
     exponentials = logits.sub_(highest[:, None])
     chosen = exponentials.gather(1, index)[:, 0] * mine
@@ -107,5 +107,5 @@ def _chunk(
     dist.all_reduce(sums, group=group)
     total, chosen = sums.unbind()
     loss = ((total.log() - chosen) * valid).sum()
-    dlogits = exponentials.mul_((valid / total)[:, None]).scatter_add_(1, index, -(valid * mine)[:, None])
+    dlogits = exponentials.mul_((valid / total)[:, None]).scatter_add_(1, index, -mine[:, None])
     return loss, dlogits.to(rows.dtype)
