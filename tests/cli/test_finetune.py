@@ -66,7 +66,7 @@ def checkpoint(tmp_path):
         (
             ("llama3", "--set", "layout.sequence_parallel=maybe"),
             2,
-            ["layout.sequence_parallel", "neither true nor false"],
+            ["layout.sequence_parallel", "not true or false"],
         ),
         (("llama3", "--pp", "2"), 2, ["--pp 2", "'pp'", "cp, dp_shard"]),
         (("llama3", "--cp", "0"), 2, ["--cp 0", "at least 1"]),

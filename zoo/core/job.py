@@ -277,7 +277,7 @@ def _coerce(value: Any, target: dataclasses.Field[Any], where: str) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if kind is bool and not isinstance(value, bool):
-        raise UsageError(f"{where}: '{value}' is neither true nor false")
+        raise UsageError(f"{where}: '{value}' is not true or false")
     try:
         if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
             raise ValueError
