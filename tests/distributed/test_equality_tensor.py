@@ -14,8 +14,8 @@ pytestmark = pytest.mark.dist
 
 LAYOUTS = [
     ({"tp": 2}, [("untied", True), ("untied", False), ("nemotron", True), ("nas", False), ("mixtral", True)]),
-    ({"tp": 4}, [("untied", False), ("tied", True), ("tied", False), ("nas", True)]),
-    ({"tp": 2, "cp": 2}, [("untied", True, "full"), ("tied", False), ("nas", True, "full")]),
+    ({"tp": 4}, [("untied", False), ("tied", True), ("tied", False), ("nas", True), ("nemotron", True)]),
+    ({"tp": 2, "cp": 2}, [("untied", True, "full"), ("tied", False), ("nas", True, "full"), ("nemotron", True)]),
     ({"tp": 2, "cp": 2, "ep": 2}, [("mixtral", True)]),
     ({"tp": 2, "dp_shard": 2}, [("tied", True), ("untied", False), ("nemotron", False, "full")]),
     ({"tp": 2, "cp": 2, "dp_shard": 2}, [("untied", True), ("tied", False), ("nemotron", True)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,7 @@ def refusals():
         (nn.Bilinear(2, 2, 2), "colwise"),
         (nn.Embedding(4, 2, padding_idx=0), "vocab"),
         (nn.Linear(2, 4), "vocab"),
+        (nn.MultiheadAttention(2, 1), "sequence"),
     ):
         with pytest.raises(UsageError) as error:
             TensorParallel().apply(Unusual(module), ParallelPlan(block="part", tensor={"part": style}), mesh, setup)
@@ -136,11 +138,34 @@ def refusals():
     return said
 
 
+def others():
+    """On a rank: a model whose parts the plan does not cut, or which lacks what it cuts, as stages of a pipeline do."""
+    mesh = Mesh(Degrees(tp=1), "cpu")
+    setup = Setup(seq=8, context=None, dtype="float64", master_dtype="float64")
+    plan = ParallelPlan(block="part", tensor={"part": "colwise", "head": "vocab"})
+    TensorParallel().apply(Unusual(nn.Identity()), plan, mesh, setup)
+    plan, module = ParallelPlan(block="part"), nn.BatchNorm1d(3)
+    names = module.state_dict().keys()
+    cut = TensorParallel().apply(Unusual(module), plan, mesh, setup).part
+    x = torch.randn(4, 3)
+    wanted, found = copy.deepcopy(module).eval()(x), cut.eval()(x)
+    return names == cut.state_dict().keys(), type(cut).__name__, wanted.detach(), found.detach()
+
+
 @pytest.mark.dist
 def test_a_plan_that_cannot_be_followed_is_refused():
     said = ranks.run(1, refusals)[0]
-    for sentence, word in zip(said, ("Bilinear is no linear layer", "padding_idx", "no seam 'loss'"), strict=True):
+    words = "Bilinear is no linear layer", "padding_idx", "no seam 'loss'", "beside modules of its own"
+    for sentence, word in zip(said, words, strict=True):
         assert word in sentence
+
+
+@pytest.mark.dist
+def test_what_is_not_here_is_not_cut_and_what_is_not_cut_keeps_its_names():
+    same_names, kind, wanted, found = ranks.run(1, others)[0]
+    assert same_names
+    assert kind == "OnTokens"
+    torch.testing.assert_close(found, wanted)
 
 
 def losses(sequence):

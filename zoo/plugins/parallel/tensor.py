@@ -112,8 +112,14 @@ def _share_the_rest(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) ->
     experts = [name for glob in plan.expert for name in find(model, glob)]
     for name, module in list(model.named_modules()):
         dealt_out = any(name == expert or name.startswith(f"{expert}.") for expert in experts)
-        if not isinstance(module, CutModule) and not dealt_out and any(True for _ in module.parameters(recurse=False)):
-            model.set_submodule(name, OnTokens(ranks, module))
+        if isinstance(module, CutModule) or dealt_out or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if any(True for _ in module.children()):
+            raise UsageError(
+                f"--tp cannot cut the tokens of '{name}', which has parameters beside modules of its own; "
+                f"type --set layout.sequence_parallel=false"
+            )
+        model.set_submodule(name, OnTokens(ranks, module))
     if "grouped_matmul" in plan.seams:
         swap(model, plan.seams["grouped_matmul"], lambda old: SharedMatmul(old, ranks), owner="tensor")
     if "row_sum" in plan.seams:

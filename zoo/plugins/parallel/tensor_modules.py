@@ -85,13 +85,17 @@ class OnTokens(CutModule):
 
     def __init__(self, ranks: TensorRanks, inner: nn.Module) -> None:
         super().__init__(ranks, dict(inner.named_parameters(recurse=False)))
+        for name, buffer in inner.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name in inner.state_dict())
         # Not a submodule: its parameters are ours.
         self._inner = (inner,)
 
     def forward(self, *args: Any) -> Any:
         """What the module itself returns for these tokens."""
-        parameters = {name: self.ranks.shared(p) for name, p in self.named_parameters(recurse=False)}
-        return functional_call(self._inner[0], parameters, args)
+        tensors = {name: self.ranks.shared(p) for name, p in self.named_parameters(recurse=False)}
+        (inner,) = self._inner
+        inner.training = self.training
+        return functional_call(inner, tensors | dict(self.named_buffers(recurse=False)), args)
 
 
 class SharedMatmul(nn.Module):
