@@ -62,7 +62,12 @@ def checkpoint(tmp_path):
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
-        (("llama3", "--tp", "2"), 2, ["--tp 2", "'tp'", "cp, dp_replicate, dp_shard"]),
+        (("llama3", "--tp", "3"), 2, ["--tp 3", "4 query heads", "--tp 1 or --tp 2"]),
+        (
+            ("llama3", "--set", "layout.sequence_parallel=maybe"),
+            2,
+            ["layout.sequence_parallel", "not true or false"],
+        ),
         (("llama3", "--cp", "0"), 2, ["--cp 0", "at least 1"]),
         (("llama4",), 2, ["llama4", "did you mean 'llama3'"]),
         (("llama3", "--size", "7b"), 2, ["'7b'", "8b", "--from"]),

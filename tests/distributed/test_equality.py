@@ -31,6 +31,26 @@ def test_data_parallel_runs_equal_one_process(layout, single, tmp_path):
     assert_same(run, single)
 
 
+@pytest.mark.dist
+def test_tensor_parallel_runs_equal_one_process(single, tmp_path):
+    """Of four query and two K/V heads a rank of tp has two and one, which ulysses deals out to two ranks of cp."""
+    run = train(
+        tmp_path / "run",
+        *JOB,
+        "--global-batch",
+        "2",
+        "--tp",
+        2,
+        "--cp",
+        2,
+        "--cp-scheme",
+        "ulysses",
+        "--memory",
+        "full",
+    )
+    assert_same(run, single)
+
+
 def test_microbatches_do_not_matter(single, tmp_path):
     run = train(tmp_path / "run", *JOB, "--global-batch", "2", "--set", "data.micro_batch=2", "--memory", "full")
     assert_same(run, single)

@@ -332,9 +332,9 @@ class LayoutRequest:
     model: str
     config: ModelConfig
     problem: AttentionProblem
-    """Of the heads that most layers have."""
+    """Of the heads that most layers have, as a rank of `tp` holds them."""
     heads: Mapping[HeadShape, int] = field(default_factory=dict)
-    """How many layers have which heads, the problem's first; empty where all have those."""
+    """How many layers have which heads, in whole, the problem's first; empty where all have the problem's."""
     windows: Mapping[int | None, int] = field(default_factory=dict)
     """How many layers have which sliding window; None is no window."""
     schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
@@ -342,11 +342,16 @@ class LayoutRequest:
     experts: ExpertShape | None = None
     """The model's experts, if it has any."""
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
+    widths: Sequence[tuple[str, int]] = ()
+    """Modules that the plan's `tensor` cuts, as globs, and how long the dim is that is cut; empty without `tp`."""
+    sequence_parallel: bool = True
+    """Whether `tp` also cuts what sees tokens one by one."""
 
     @property
     def problems(self) -> tuple[AttentionProblem, ...]:
-        """The attention of every kind of layer."""
-        return tuple(self.problem.of(heads) for heads in self.heads) or (self.problem,)
+        """The attention of every kind of layer, as a rank of `tp` holds it."""
+        degree = self.degrees.get("tp", 1)
+        return tuple(self.problem.of(heads.over(degree)) for heads in self.heads) or (self.problem,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,6 +368,8 @@ class Setup:
     """The adapter that decides how weights live over dp_replicate x dp_shard x cp."""
     reshard: bool = True
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
+    sequence_parallel: bool = True
+    """Whether tensor parallelism cuts the residual on tokens."""
 
 
 class ParallelAdapter(Protocol):

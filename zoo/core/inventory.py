@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.core.contracts import ModelSpec, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
+from zoo.core.seams import find
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and no model reads."""
@@ -40,6 +41,20 @@ def rule_book(
         return books[0]
     names = set(source.names())
     return min(books, key=lambda book: len(names ^ book.hub_shapes.keys()))
+
+
+def cut_widths(spec: ModelSpec, config: Any) -> list[tuple[str, int]]:
+    """What the plan's `tensor` cuts, as globs, and the length of the dim that is cut, each once; nothing is allocated.
+
+    Raises UsageError if a glob matches nothing.
+    """
+    model = meta_model(spec, config)
+    found: dict[tuple[str, int], None] = {}
+    for glob, style in spec.plan(config).tensor.items():
+        if style != "sequence":
+            weights = (model.get_submodule(name).get_parameter("weight") for name in find(model, glob))
+            found |= dict.fromkeys((glob, weight.shape[1 if style == "rowwise" else 0]) for weight in weights)
+    return list(found)
 
 
 def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule, ...]:

@@ -103,6 +103,8 @@ class LayoutSection:
     """Stages a rank; as few as the schedule needs if unset."""
     timeout: float | None = None
     """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
+    sequence_parallel: bool = True
+    """With tp: norms and the residual are cut on tokens over its ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

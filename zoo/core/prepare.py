@@ -31,6 +31,7 @@ from zoo.core.contracts import (
 )
 from zoo.core.device import accelerator_type, num_accelerators
 from zoo.core.errors import UsageError
+from zoo.core.inventory import cut_widths
 from zoo.core.job import Job, Settings
 from zoo.core.mesh import Degrees, resolve_degrees
 from zoo.core.registry import Registry
@@ -114,19 +115,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
     job, global_batch = _with_batch(job, degrees)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
-    heads = Counter(origin.spec.heads(config))
-    request = LayoutRequest(
-        degrees=degrees.mapping(),
-        seq=job.data.seq,
-        micro_batch=job.data.micro_batch,
-        model=origin.entry.name,
-        config=config,
-        problem=_problem(heads, dtype),
-        heads=dict(heads.most_common()),
-        windows=_windows(job, origin, config),
-        experts=origin.spec.experts(config),
-        pipeline=_pipeline(job, origin.spec, config, global_batch // degrees.dp // job.data.micro_batch),
-    )
+    request = _request(job, origin, config, degrees, global_batch, dtype)
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
     job = job.replace("layout", data_parallel=choose_data_parallel(job, registry))
@@ -223,9 +212,28 @@ def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
     return job.replace("data", global_batch=wanted), wanted
 
 
-def _problem(heads: Counter[HeadShape], dtype: str) -> AttentionProblem:
-    """Of the heads that most layers have; the first of several."""
-    ((most, _),) = heads.most_common(1)
+def _request(job: Job, origin: Origin, config: Any, degrees: Degrees, global_batch: int, dtype: str) -> LayoutRequest:
+    """What adapters and plugins are asked to agree to, but for the context schemes."""
+    heads = Counter(origin.spec.heads(config))
+    return LayoutRequest(
+        degrees=degrees.mapping(),
+        seq=job.data.seq,
+        micro_batch=job.data.micro_batch,
+        model=origin.entry.name,
+        config=config,
+        problem=_problem(heads, dtype, degrees),
+        heads=dict(heads.most_common()),
+        windows=_windows(job, origin, config),
+        experts=origin.spec.experts(config),
+        widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
+        sequence_parallel=job.layout.sequence_parallel,
+        pipeline=_pipeline(job, origin.spec, config, global_batch // degrees.dp // job.data.micro_batch),
+    )
+
+
+def _problem(heads: Counter[HeadShape], dtype: str, degrees: Degrees) -> AttentionProblem:
+    """Of the heads that most layers have, as a rank holds them; the first of several."""
+    most = heads.most_common(1)[0][0].over(degrees.tp)
     return AttentionProblem(
         device=accelerator_type() or "cpu",
         dtype=dtype,
@@ -271,6 +279,7 @@ def _setup(
         master_dtype="float32" if dtype == "bfloat16" else dtype,
         data_parallel=job.layout.data_parallel,
         reshard=job.layout.reshard,
+        sequence_parallel=job.layout.sequence_parallel,
     )
 
 

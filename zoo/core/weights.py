@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from zoo.core.contracts import TensorSource
 from zoo.core.inventory import blocks_of, check_same, check_tensors, tied_names
@@ -46,10 +47,10 @@ def load_into(
 ) -> None:
     """Fill every parameter of a model from a source in hub names; an empty `rules` takes the model's own names.
 
-    Parameters may be plain or DTensors with any Shard and Replicate placements: only this rank's slice is read,
-    in blocks, and cast to the parameter's dtype. Where `model` is a part of another, `whole_model` is that one, on
-    meta: the source must fit it. Raises DataError if a tensor is missing, left over, of another shape, or if two tied
-    tensors differ.
+    Parameters may be plain or DTensors with any Shard and Replicate placements (FSDP2's strided ones over an evenly cut
+    dim too): only this rank's slice is read, in blocks, and cast to the parameter's dtype. Where `model` is a part of
+    another, `whole_model` is that one, on meta: the source must fit it. Raises DataError if a tensor is missing, left
+    over, of another shape, or if two tied tensors differ.
     """
     every = model if whole_model is None else whole_model
     tied = tied_names(every)
@@ -80,7 +81,8 @@ def _local(parameter: nn.Parameter) -> tuple[Tensor, Index]:
     if not isinstance(parameter, DTensor):
         return parameter.data, whole(tuple(parameter.shape))
     for placement in parameter.placements:
-        if not isinstance(placement, Shard | Replicate):
+        # Strided is what FSDP2 makes of a dim that `tp` has cut before: still one range a rank.
+        if not isinstance(placement, Shard | Replicate | _StridedShard):
             raise TypeError(f"cannot load into a parameter placed as {placement}")
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))

@@ -21,6 +21,12 @@ class HeadShape:
             num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim
         )
 
+    def over(self, degree: int) -> HeadShape:
+        """What a rank holds where heads are dealt out over so many ranks; all where that is not possible."""
+        if self.num_heads % degree or self.num_kv_heads % degree:
+            return self
+        return replace(self, num_heads=self.num_heads // degree, num_kv_heads=self.num_kv_heads // degree)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:

@@ -63,7 +63,7 @@ class ContextParallel:
         link = Link(group, getattr(torch, context.wire) if context.wire else None)
         swap(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
         if "row_sum" in plan.seams:
-            swap(model, plan.seams["row_sum"], lambda _old: _RowSum(group), owner=self.name)
+            swap(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
@@ -91,12 +91,13 @@ class ContextParallel:
 class _RowSum(nn.Module):
     """The row_sum seam over the ranks that share a row."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, inner: nn.Module, group: dist.ProcessGroup) -> None:
         super().__init__()
+        self.inner = inner
         self.group = group
 
     def forward(self, counts: Tensor) -> Tensor:
-        total = counts.clone()
+        total: Tensor = self.inner(counts).clone()
         dist.all_reduce(total, group=self.group)
         return total
 

@@ -30,6 +30,7 @@ from zoo.core.seams import find
 from zoo.plugins.parallel.cut import Cut
 from zoo.plugins.parallel.stage_model import PassThrough, StageModel, stage_view
 from zoo.plugins.parallel.stages import SCHEDULES, objection
+from zoo.plugins.parallel.tensor_ranks import share_of
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
@@ -98,6 +99,7 @@ class Pipelined:
         self.device = torch.device(mesh.device_type)
         self.schedule_name = setup.pipeline.schedule
         self.dtype = getattr(torch, setup.dtype)
+        self.tp = (mesh.rank("tp"), mesh.size("tp")) if setup.sequence_parallel else (0, 1)
         self.splits = SCHEDULES[self.schedule_name].splits
         self.stages = [StageModel(stage_view(model, cut, stage, self.splits), cut, stage) for stage in cut.mine]
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
@@ -152,6 +154,8 @@ class Pipelined:
 
     def _stage(self, stage: StageModel, shape: torch.Size) -> PipelineStage:
         """What a stage takes and gives is told, for torch would otherwise run it once to see."""
+        if self.tp[1] > 1:
+            shape = torch.Size((shape[0], share_of(shape[1], *self.tp)))
         exact = torch.promote_types(self.dtype, torch.float32)
         passed = [torch.empty(*shape, self.cut.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)]
         if stage.sums:

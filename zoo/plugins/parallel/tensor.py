@@ -1,0 +1,158 @@
+"""The `tensor` adapter: matrices are cut over the axis `tp` as the plan says, norms and the residual on tokens.
+
+Megatron's cut (1909.08053, 2205.05198): `colwise` matrices by outputs, `rowwise` ones by inputs, embedding and head by
+words of the vocabulary; what sees tokens one by one is whole on every rank, on its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle
+from zoo.core.errors import UsageError
+from zoo.core.seams import find, matches, swap
+from zoo.plugins.parallel.tensor_loss import VocabularyLoss
+from zoo.plugins.parallel.tensor_modules import (
+    Colwise,
+    CutModule,
+    OnTokens,
+    Rowwise,
+    SharedMatmul,
+    SharedRow,
+    VocabularyEmbedding,
+    VocabularyHead,
+)
+from zoo.plugins.parallel.tensor_ranks import TensorRanks
+
+if TYPE_CHECKING:
+    from zoo.core.batch import Batch
+    from zoo.core.mesh import Mesh
+
+_LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
+
+
+class TensorParallel:
+    """Tensor parallelism, and by default sequence parallelism, for any model whose plan says how it may be cut."""
+
+    name: ClassVar[str] = "tensor"
+    axes: ClassVar[tuple[str, ...]] = ("tp",)
+    phase: ClassVar[Phase] = Phase.SHARD
+
+    def check(self, request: LayoutRequest) -> str | None:
+        """None, or what `tp` does not divide, with the nearest degrees that work."""
+        degree, counts = request.degrees["tp"], _counts(request)
+        if not request.widths:
+            return f"--tp {degree} cuts matrices and the plan of {request.model} names none; type --tp 1"
+        if request.experts is not None and not request.sequence_parallel:
+            return (
+                f"--tp {degree} with layout.sequence_parallel=false would send every token to its experts {degree} "
+                f"times; leave layout.sequence_parallel at true"
+            )
+        what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
+        if what is None:
+            return None
+        able = [d for d in range(1, counts[0][0] + 1) if all(count % d == 0 for count, _ in counts)]
+        near = sorted(sorted(able, key=lambda d: abs(d - degree))[:2])
+        return f"--tp {degree} does not divide the {what} of {request.model}; nearest: " + " or ".join(
+            f"--tp {d}" for d in near
+        )
+
+    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+        """With more than one rank on `tp`."""
+        return degrees["tp"] > 1
+
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+        """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
+
+        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
+        """
+        ranks = TensorRanks(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
+        cut = _Cutter(ranks, mesh["tp"])
+        styles = _styles(model, plan)
+        for name, style in styles.items():
+            if style != "sequence":
+                model.set_submodule(name, cut(name, style, model.get_submodule(name)))
+        if ranks.sequence:
+            _share_the_rest(model, plan, ranks)
+        if "vocab" in styles.values():
+            if "loss" not in plan.seams:
+                raise UsageError(
+                    f"--tp cuts the head of {type(model).__name__} and its plan names no seam 'loss'; use --tp 1"
+                )
+            swap(model, plan.seams["loss"], lambda _old: VocabularyLoss(ranks), owner=self.name)
+        for name in find(model, plan.block):
+            model.get_submodule(name).register_forward_pre_hook(ranks.watch)
+        return model
+
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+        """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
+        return batch
+
+
+def _counts(request: LayoutRequest) -> list[tuple[int, str]]:
+    """What must be dealt out evenly, and what it is."""
+    heads = [(shape.num_heads, "query heads") for shape in request.heads]
+    heads += [(shape.num_kv_heads, "key/value heads") for shape in request.heads]
+    return heads + [(width, f"rows or columns of {name}") for name, width in request.widths]
+
+
+def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
+    """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
+    held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
+
+
+def _share_the_rest(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:
+    """What is not cut works on this rank's tokens, experts and what counts a row included."""
+    experts = [name for glob in plan.expert for name in find(model, glob)]
+    for name, module in list(model.named_modules()):
+        dealt_out = any(name == expert or name.startswith(f"{expert}.") for expert in experts)
+        if isinstance(module, CutModule) or dealt_out or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if any(True for _ in module.children()):
+            raise UsageError(
+                f"--tp cannot cut the tokens of '{name}', which has parameters beside modules of its own; "
+                f"type --set layout.sequence_parallel=false"
+            )
+        model.set_submodule(name, OnTokens(ranks, module))
+    if "grouped_matmul" in plan.seams:
+        swap(model, plan.seams["grouped_matmul"], lambda old: SharedMatmul(old, ranks), owner="tensor")
+    if "row_sum" in plan.seams:
+        swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner="tensor")
+
+
+class _Cutter:
+    """Modules to their cut forms; a parameter that two of them share stays one."""
+
+    def __init__(self, ranks: TensorRanks, mesh: DeviceMesh) -> None:
+        self.ranks, self.mesh = ranks, mesh
+        self._placed: dict[int, nn.Parameter] = {}
+
+    def __call__(self, name: str, style: TensorStyle, module: nn.Module) -> CutModule:
+        if isinstance(module, nn.Embedding) and style == "vocab":
+            _plain_embedding(name, module)
+            return VocabularyEmbedding(self.ranks, {"weight": self._part(module.weight, 0)})
+        if not isinstance(module, nn.Linear):
+            raise UsageError(
+                f"--tp cannot cut '{name}' {style}: {type(module).__name__} is no linear layer; use --tp 1"
+            )
+        dim = 1 if style == "rowwise" else 0
+        bias = module.bias if style == "rowwise" or module.bias is None else self._part(module.bias, 0)
+        return _LINEAR[style](self.ranks, {"weight": self._part(module.weight, dim), "bias": bias})
+
+    def _part(self, parameter: Tensor, dim: int) -> nn.Parameter:
+        if id(parameter) not in self._placed:
+            local = parameter.detach().narrow(dim, 0, parameter.shape[dim] // self.ranks.size).contiguous()
+            placed = DTensor.from_local(local, self.mesh, [Shard(dim)], run_check=False)
+            self._placed[id(parameter)] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+        return self._placed[id(parameter)]
+
+
+def _plain_embedding(name: str, module: nn.Embedding) -> None:
+    if module.padding_idx is not None or module.max_norm is not None:
+        raise UsageError(f"--tp cannot cut '{name}': an embedding with padding_idx or max_norm; use --tp 1")

@@ -1,0 +1,135 @@
+"""Modules that the `tensor` adapter puts in place of a model's, with the same parameters under the same names.
+
+B rows, T tokens, P ranks of `tp`, D model width, V vocabulary. A cut parameter is a DTensor on `tp`, so that FSDP2,
+checkpoints and norms know the whole it is part of; what is computed with is the part that lies here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
+from torch.nn import functional
+
+from zoo.plugins.parallel.tensor_ranks import TensorRanks
+
+
+class CutModule(nn.Module):
+    """Holds the parameters that a module held itself."""
+
+    def __init__(self, ranks: TensorRanks, parameters: dict[str, nn.Parameter | None]) -> None:
+        super().__init__()
+        self.ranks = ranks
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+
+class Colwise(CutModule):
+    """A linear layer of which a rank computes a P-th of the outputs, from the whole input."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h as the residual lies, to `[B, T, outputs / P]`."""
+        return functional.linear(self.ranks.enter(h), here(self.weight), _maybe_here(self.bias))
+
+
+class Rowwise(CutModule):
+    """A linear layer that has a P-th of its inputs here; outputs are sums over ranks, and the bias is added once."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, inputs / P]` to outputs as the residual lies."""
+        out = self.ranks.leave(functional.linear(x, here(self.weight)))
+        return out if self.bias is None else out + self.ranks.shared(self.bias)
+
+
+class VocabularyEmbedding(CutModule):
+    """An embedding that has the vectors of V / P words here."""
+
+    weight: nn.Parameter
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens `[B, T]` to `[B, T, D]` as the residual lies."""
+        self.ranks.row_of(tokens.shape[1])
+        weight = here(self.weight)
+        local = tokens - self.ranks.rank * weight.shape[0]
+        absent = (local < 0) | (local >= weight.shape[0])
+        found = functional.embedding(local.masked_fill(absent, 0), weight)
+        return self.ranks.leave(found.masked_fill(absent[..., None], 0.0))
+
+
+class VocabularyHead(CutModule):
+    """A head that has the rows of V / P words here."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h as the residual lies, to whole logits `[B, T, V]` on every rank. Training goes by the loss seam instead."""
+        logits = functional.linear(self.ranks.enter(h), here(self.weight), _maybe_here(self.bias))
+        assert isinstance(self.weight, DTensor)
+        return DTensor.from_local(logits, self.weight.device_mesh, [Shard(2)], run_check=False).full_tensor()
+
+
+class OnTokens(CutModule):
+    """Any module that sees tokens one by one, on this rank's tokens: every rank has it whole, gradients are summed."""
+
+    def __init__(self, ranks: TensorRanks, inner: nn.Module) -> None:
+        super().__init__(ranks, dict(inner.named_parameters(recurse=False)))
+        for name, buffer in inner.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name in inner.state_dict())
+        # Not a submodule: its parameters are ours.
+        self._inner = (inner,)
+
+    def forward(self, *args: Any) -> Any:
+        """What the module itself returns for these tokens."""
+        tensors = {name: self.ranks.shared(p) for name, p in self.named_parameters(recurse=False)}
+        (inner,) = self._inner
+        inner.training = self.training
+        return functional_call(inner, tensors | dict(self.named_buffers(recurse=False)), args)
+
+
+class SharedMatmul(nn.Module):
+    """The grouped-matmul seam where each rank of `tp` has its own tokens for the same experts: gradients are summed."""
+
+    def __init__(self, matmul: nn.Module, ranks: TensorRanks) -> None:
+        super().__init__()
+        self.matmul = matmul
+        self.ranks = ranks
+
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        out: Tensor = self.matmul(rows, self.ranks.shared(local), counts)
+        return out
+
+
+class SharedRow(nn.Module):
+    """The row_sum seam where the ranks of `tp` share a row."""
+
+    def __init__(self, inner: nn.Module, ranks: TensorRanks) -> None:
+        super().__init__()
+        self.inner = inner
+        self.ranks = ranks
+
+    def forward(self, counts: Tensor) -> Tensor:
+        total: Tensor = self.ranks.total(self.inner(counts))
+        return total
+
+
+def here(parameter: Tensor) -> Tensor:
+    """The part of a cut parameter that lies on this rank."""
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+def _maybe_here(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else here(parameter)

@@ -1,0 +1,163 @@
+"""Collectives of tensor parallelism: how hidden states pass between the residual's layout and the whole row.
+
+B rows, T tokens of a row, P ranks of `tp`, D model width. Under sequence parallelism the residual `[B, T / P, D]` is
+cut on T: every rank has ceil(T / P) tokens, the last ones what is left. Otherwise every rank has all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class TensorRanks:
+    """The ranks of one `tp` group, as the cut modules of a model use them."""
+
+    def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
+        self.group = group
+        self.sequence = sequence
+        self.rank, self.size = group.rank(), group.size()
+        self._length = 0
+        self._entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def row_of(self, length: int) -> None:
+        """What is computed next are rows of so many tokens, in whole."""
+        self._length = length
+
+    def enter(self, h: Tensor) -> Tensor:
+        """From the residual's layout to `[B, T, D]` on every rank; its gradients are summed over ranks.
+
+        Modules that share an input share the message, forward and backward.
+        """
+        whole: Tensor | None = self._entered.get(h)  # type: ignore[no-untyped-call]
+        if whole is None:
+            if self.sequence:
+                whole = _Gather.apply(h, self._whole_length(h.shape[1]), self.group)  # type: ignore[no-untyped-call]
+            else:
+                whole = _Copy.apply(h, self.group)  # type: ignore[no-untyped-call]
+            self._entered[h] = whole
+        return whole
+
+    def leave(self, part: Tensor) -> Tensor:
+        """The sum over ranks of `[B, T, D]`, in the residual's layout."""
+        way = _Scatter if self.sequence else _Sum
+        left: Tensor = way.apply(part, self.group)  # type: ignore[no-untyped-call]
+        return left
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A parameter that every rank holds whole and applies to its part of the residual: gradients are summed."""
+        if not self.sequence:
+            return parameter
+        copied: Tensor = _Copy.apply(parameter, self.group)  # type: ignore[no-untyped-call]
+        return copied
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Integers without gradient, of this rank's tokens, summed over ranks."""
+        return summed(counts, self.group)
+
+    def watch(self, _block: Any, arguments: Iterable[Any]) -> None:
+        """Before a block runs, also in backward: the row is as long as its mask says."""
+        for argument in arguments:
+            length = getattr(argument, "length", None)
+            if isinstance(length, int):
+                self.row_of(length)
+
+    def _whole_length(self, here: int) -> int:
+        """Of the row, or of a piece of it, of which every rank has as much."""
+        return self._length if here == share_of(self._length, self.rank, self.size) else here * self.size
+
+
+def share_of(length: int, rank: int, size: int) -> int:
+    """How many of a row's tokens a rank has."""
+    each = -(-length // size)
+    return max(0, min(each, length - rank * each))
+
+
+class _Copy(Function):
+    """The same forward, the sum over ranks backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return summed(grad, ctx.group), None
+
+
+class _Sum(Function):
+    """The sum over ranks forward, the same backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(Function):
+    """Parts of T forward, sums of parts backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: int, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gathered(x, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return scattered(grad, ctx.group), None, None
+
+
+class _Scatter(Function):
+    """Sums of parts of T forward, parts backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.length = group, x.shape[1]
+        return scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gathered(grad, ctx.length, ctx.group), None
+
+
+def summed(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over ranks, in memory of its own."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gathered(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
+    """Each rank's tokens `[B, T / P, D]` to all of them `[B, T, D]`."""
+    rows = _padded(x.transpose(0, 1), -(-length // group.size()))
+    out = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(out, rows, group=group)
+    return out[:length].transpose(0, 1)
+
+
+def scattered(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`[B, T, D]` summed over ranks, of which this rank keeps its tokens `[B, T / P, D]`."""
+    length, size = x.shape[1], group.size()
+    each = -(-length // size)
+    rows = _padded(x.transpose(0, 1), each * size)
+    out = rows.new_empty(each, *rows.shape[1:])
+    dist.reduce_scatter_tensor(out, rows, group=group)
+    return out[: share_of(length, group.rank(), size)].transpose(0, 1)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """`[R, B, D]` with rows of zeros up to `count`: messages have one size."""
+    missing = count - rows.shape[0]
+    return functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows.contiguous()
