@@ -9,12 +9,10 @@ import threading
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from zoo.conversion import files as files_module
-from zoo.conversion import transfer as transfer_module
+from zoo.conversion import files as files_module, transfer as transfer_module
 from zoo.conversion.directory import open_directory
 from zoo.conversion.files import copy_file
 from zoo.conversion.headers import read_header

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from zoo.core.errors import DataError
 from zoo.core.rules import Concat, Part, Rename, RuleBook, Stack, row_blocks, whole

@@ -7,10 +7,8 @@ import os
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer as Backend, models
 
 from tests.core.made_tokenizer import SPECIAL, write_tokenizer
 from zoo.core.errors import DataError

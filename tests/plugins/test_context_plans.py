@@ -4,8 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
 from zoo.core.attention.layout import SequenceLayout

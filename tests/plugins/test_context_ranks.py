@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.core.attention.draw import layouts, masks
 from tests.core.attention.formula import Formula

@@ -14,83 +14,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoo.core.attention.problem import (
     AttentionProblem as AttentionProblem,
-)
-from zoo.core.attention.problem import (
     HeadShape as HeadShape,
 )
 from zoo.core.entries import (
     AttentionEntry as AttentionEntry,
-)
-from zoo.core.entries import (
     CommandEntry as CommandEntry,
-)
-from zoo.core.entries import (
     ContextSchemeEntry as ContextSchemeEntry,
-)
-from zoo.core.entries import (
     ConverterEntry as ConverterEntry,
-)
-from zoo.core.entries import (
     DataFormatEntry as DataFormatEntry,
-)
-from zoo.core.entries import (
     Entry as Entry,
-)
-from zoo.core.entries import (
     MemoryPolicyEntry as MemoryPolicyEntry,
-)
-from zoo.core.entries import (
     ModelEntry as ModelEntry,
-)
-from zoo.core.entries import (
     ParallelAdapterEntry as ParallelAdapterEntry,
-)
-from zoo.core.entries import (
     TrackerEntry as TrackerEntry,
 )
 from zoo.core.formats import (
     Converter as Converter,
-)
-from zoo.core.formats import (
     DataFormat as DataFormat,
-)
-from zoo.core.formats import (
     DataSource as DataSource,
-)
-from zoo.core.formats import (
     HubCheckpoint as HubCheckpoint,
-)
-from zoo.core.formats import (
     Record as Record,
-)
-from zoo.core.formats import (
     RunInfo as RunInfo,
-)
-from zoo.core.formats import (
     Sample as Sample,
-)
-from zoo.core.formats import (
     TensorSource as TensorSource,
-)
-from zoo.core.formats import (
     Tracker as Tracker,
 )
 from zoo.core.plan import (
     ExpertShape as ExpertShape,
-)
-from zoo.core.plan import (
     Losses as Losses,
-)
-from zoo.core.plan import (
     ParallelPlan as ParallelPlan,
-)
-from zoo.core.plan import (
     PipelineSetup as PipelineSetup,
-)
-from zoo.core.plan import (
     SeamName as SeamName,
-)
-from zoo.core.plan import (
     TensorStyle as TensorStyle,
 )
 

@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding
-from tokenizers import Tokenizer as Backend
+from tokenizers import AddedToken, Encoding, Tokenizer as Backend
 
 from zoo.core.errors import DataError, one_line
 from zoo.core.template import ChatTemplate

@@ -1,7 +1,6 @@
 """Random rows for property tests: documents with and without padding, and how they are shared out."""
 
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask

@@ -5,8 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from benchmarks.balance import KINDS, areas, imbalance, least_travelling, packed, travelling
 from tests.core.attention.draw import patient

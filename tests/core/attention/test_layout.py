@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, patient, positions
 from zoo.core.attention.layout import SequenceLayout

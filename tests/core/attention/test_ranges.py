@@ -1,7 +1,6 @@
 """Ranges behave as the sets of rows they stand for."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import patient, positions
 from zoo.core.attention.ranges import RowIndex, complement, count, union

@@ -1,8 +1,7 @@
 """A row gets head-tail where that is exact, contiguous where balance does not matter, and the solver's otherwise."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import masks, patient
 from zoo.core.attention.balance import balanced
