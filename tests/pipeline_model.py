@@ -1,4 +1,4 @@
-"""Small models of every family, and steps of them under any layout, pipelines above all."""
+"""Small models of every family, and steps of them under any layout."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from zoo.plugins.attention.dense import Dense
 from zoo.plugins.context.ring import Ring
 from zoo.plugins.memory.policies import KeepAll, RecomputeBlocks
 from zoo.plugins.parallel.context import ContextParallel
+from zoo.plugins.parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.expert import ExpertParallel
 from zoo.plugins.parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.pipeline import PipelineParallel
+from zoo.plugins.parallel.tensor import TensorParallel
+from zoo.plugins.parallel.zero1 import ShardedOptimizer
 
-VOCAB, SEQ, LAYERS, ROWS = 23, 16, 4, 8
+VOCAB, SEQ, LAYERS, ROWS = 24, 16, 4, 8
 
 _SIZES = {
     "vocab_size": VOCAB,
@@ -89,17 +92,27 @@ def rows(number=ROWS):
 
 
 class Run:
-    """A model under a layout on this rank, ready to step."""
+    """A model under a layout on this rank, ready to step. `choices` are fields of Setup."""
 
     def __init__(
-        self, model, degrees=None, *, schedule="1f1b", virtual=None, memory="none", number=ROWS, dtype="float64"
+        self,
+        model,
+        degrees=None,
+        *,
+        schedule="1f1b",
+        virtual=None,
+        memory="none",
+        number=ROWS,
+        dtype="float64",
+        **choices,
     ):
         self.number, self.degrees = number, Degrees(**(degrees or {}))
         context = ContextSetup(schemes={None: Ring()}, windows={None: LAYERS}) if self.degrees.cp > 1 else None
         pipeline = PipelineSetup(schedule=schedule, virtual=virtual)
         master = "float32" if dtype == "bfloat16" else dtype
-        self.setup = Setup(seq=SEQ, context=context, dtype=dtype, master_dtype=master, pipeline=pipeline)
-        every = (PipelineParallel(), ContextParallel(), ExpertParallel(), FullyShardedData())
+        self.setup = Setup(seq=SEQ, context=context, dtype=dtype, master_dtype=master, pipeline=pipeline, **choices)
+        data = (FullyShardedData(), ReplicatedData(), ShardedOptimizer())
+        every = (PipelineParallel(), TensorParallel(), ContextParallel(), ExpertParallel(), *data)
         self.adapters = [a for a in every if a.applies(self.degrees.mapping(), self.setup)]
         self.mesh = Mesh(self.degrees, "cpu") if self.adapters else None
         spec = MODELS[model][0]
@@ -130,7 +143,8 @@ class Run:
     def batches(self):
         """This rank's microbatches of one row each."""
         each = self.number // self.degrees.dp
-        first = (self.mesh.rank("dp_shard") if self.mesh else 0) * each
+        axes = [self.mesh.rank(axis) for axis in ("dp_replicate", "dp_shard")] if self.mesh else (0, 0)
+        first = (axes[0] * self.degrees.dp_shard + axes[1]) * each
         result = []
         for row in rows(self.number)[first : first + each]:
             batch = collate([row])
