@@ -7,6 +7,7 @@ from torch import nn
 
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import Losses
+from zoo.core.order import microbatch_hook
 from zoo.core.step import TrainState, train_step
 
 LENGTH = 6
@@ -53,3 +54,17 @@ def test_microbatches_do_not_matter(split):
     torch.testing.assert_close(result.report["parity"], one.report["parity"], rtol=1e-12, atol=0)
     torch.testing.assert_close(model.scores, whole.scores, rtol=1e-12, atol=1e-15)
     assert result.report["parity"].sum().item() == pytest.approx(1)
+
+
+def test_adapters_that_listen_are_told_which_microbatch_is_the_last():
+    class Listening:
+        def begin_microbatch(self, model, *, last):
+            told.append((model, last))
+
+    told, model = [], Counting()
+    begin = microbatch_hook(model, [object(), Listening()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, begin_microbatch=begin)
+    for _ in range(2):
+        train_step(state, [collate([row]) for row in rows(3)], LENGTH * 3, 3)
+    assert told == [(model, False), (model, False), (model, True)] * 2
