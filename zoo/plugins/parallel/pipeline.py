@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -203,7 +203,7 @@ def _gathered(model: nn.Module) -> Iterator[None]:
     yield
     _sum_gradients(model, True)
     # What autograd would call after a last backward, as torch's own stages do it.
-    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    model._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def _sum_gradients(model: FSDPModule, now: bool) -> None:
