@@ -1,5 +1,6 @@
 """The watchdog on small processes: which of them hangs, which wait, what is shown of each, and that all are ended."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -93,9 +94,10 @@ def test_ranks_that_beat_or_have_not_begun_are_left_alone(tmp_path):
     beating = (tmp_path / "0.beat", tmp_path / "1.beat")
     with Watchdog(tmp_path, 0.5) as watchdog:
         time.sleep(0.7)
-        for _ in range(8):
+        for number in range(8):
             for path in beating:
-                path.write_text("1")
+                path.touch()
+                os.utime(path, (number, number))
             time.sleep(0.1)
         for path in beating:
             path.unlink()

@@ -40,20 +40,25 @@ class WatchedHeart(Heart):
     """In the folder of zoo's launcher: leaves how often it beat, and the stacks of its threads when sent SIGUSR2."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder = folder
-        self._rank = rank
         self._beats = 0
+        self._file = folder / f"{rank}.beat"
         self._stacks = (folder / f"{rank}.stacks").open("w")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
 
+    def __enter__(self) -> Self:
+        fresh = self._file.with_name(f".{self._file.name}")
+        fresh.touch()
+        os.utime(fresh, (0, 0))
+        fresh.rename(self._file)
+        return super().__enter__()
+
     def beat(self) -> None:
         self._beats += 1
-        fresh = self._folder / f".{self._rank}.beat"
-        fresh.write_text(str(self._beats))
-        fresh.replace(self._folder / f"{self._rank}.beat")
+        # A file's time takes a number at once and on a full disk.
+        os.utime(self._file, (self._beats, self._beats))
 
     def __exit__(self, *_: object) -> None:
-        (self._folder / f"{self._rank}.beat").unlink(missing_ok=True)
+        self._file.unlink(missing_ok=True)
 
 
 class LoneHeart(Heart):
@@ -93,13 +98,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(0.5, self._timeout_s / 10)
+        since: dict[int, tuple[int, float]] = {}
         while not self._over.wait(pause):
-            beats = {int(path.stem): path for path in self._folder.glob("[0-9]*.beat")}
-            ages = [age for path in beats.values() if (age := _age_s(path)) is not None]
-            if ages and max(ages) > self._timeout_s:
-                self._report({rank: _number(path) for rank, path in beats.items()})
+            # By a clock that nobody sets, and that stands still while the machine sleeps.
+            now, beats = time.monotonic(), self._beats()
+            since = {rank: _kept(since.get(rank), number, now) for rank, number in beats.items()}
+            if since and now - min(began for _, began in since.values()) > self._timeout_s:
+                self._report(beats)
                 _send(self._folder, signal.SIGKILL)
                 return
+
+    def _beats(self) -> dict[int, int]:
+        """How often each rank beat, of those that began and have not ended."""
+        beats = {}
+        for path in self._folder.glob("[0-9]*.beat"):
+            with contextlib.suppress(FileNotFoundError):
+                beats[int(path.stem)] = int(path.stat().st_mtime)
+        return beats
 
     def _report(self, beats: dict[int, int]) -> None:
         """Ask every rank for its stacks, and judge by them."""
@@ -168,18 +183,9 @@ def _busy_threads(stacks: str) -> str:
     )
 
 
-def _age_s(path: Path) -> float | None:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except FileNotFoundError:
-        return 0
+def _kept(before: tuple[int, float] | None, number: int, now: float) -> tuple[int, float]:
+    """A number of beats, and since when it is that."""
+    return before if before is not None and before[0] == number else (number, now)
 
 
 def _send(folder: Path, number: signal.Signals) -> None:
