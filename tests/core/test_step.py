@@ -7,7 +7,7 @@ from torch import nn
 
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import Losses
-from zoo.core.order import microbatch_hook
+from zoo.core.order import forward_backward
 from zoo.core.step import TrainState, train_step
 
 LENGTH = 6
@@ -62,9 +62,9 @@ def test_adapters_that_listen_are_told_which_microbatch_is_the_last():
             told.append((model, last))
 
     told, model = [], Counting()
-    begin = microbatch_hook(model, [object(), Listening()])
+    stepped = forward_backward(model, None, mesh=None, setup=None, adapters=[object(), Listening()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, begin_microbatch=begin)
+    state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, forward_backward=stepped)
     for _ in range(2):
         train_step(state, [collate([row]) for row in rows(3)], LENGTH * 3, 3)
     assert told == [(model, False), (model, False), (model, True)] * 2
