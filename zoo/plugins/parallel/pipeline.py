@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -198,12 +199,18 @@ def _gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    model.set_reshard_after_forward(False)
+    _keep_after_forward(model)
     _sum_gradients(model, False)
     yield
     _sum_gradients(model, True)
     # What autograd would call after a last backward, as torch's own stages do it.
     model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _keep_after_forward(model: FSDPModule) -> None:
+    """Replicated weights stay anyway, and refuse to be told."""
+    if not isinstance(model, ReplicateModule):
+        model.set_reshard_after_forward(False)
 
 
 def _sum_gradients(model: FSDPModule, now: bool) -> None:
