@@ -175,7 +175,7 @@ class Office:
         said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
         spoken = next((s for s in said if s["zoo"]), None)
         if spoken:
-            kinds = {kind.exit_code: kind for kind in ZooError.__subclasses__()}
+            kinds = {kind.exit_code: kind for kind in ZooError.__subclasses__() if kind is not WorkerDied}
             return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
         killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
         silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
