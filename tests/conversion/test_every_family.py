@@ -120,7 +120,7 @@ def retype(tensors, name, _directory):
 
 def make_whole_numbers(tensors, name, _directory):
     tensors[name] = tensors[name].to(torch.int16)
-    return "stored as I16"
+    return "stored as 'I16'"
 
 
 @pytest.mark.parametrize("damage", [delete, add, rename, duplicate, truncate, retype, make_whole_numbers])

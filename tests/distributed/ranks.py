@@ -31,6 +31,9 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+MANY_THREADS = 100
+"""Every process group has threads, which outlive it. Ranks with more than so many are replaced by new ones."""
+
 
 class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
@@ -44,8 +47,12 @@ class RankPool:
         self._folder = Path(tempfile.mkdtemp(prefix="zoo-ranks-"))
         self._generation = 0
         self._world = 0
+        self._threads = 0
+        """The most that a rank had after its last function."""
 
     def run(self, world, function, *args, timeout=120.0):
+        if self._threads > MANY_THREADS:
+            self.end()
         if world != self._world:
             self._generation += 1
             self._world = world
@@ -67,7 +74,7 @@ class RankPool:
             process.join()
             pipe.close()
         self._ranks.clear()
-        self._world = 0
+        self._world = self._threads = 0
 
     def close(self):
         self.end()
@@ -94,7 +101,9 @@ class RankPool:
             raise RankError(f"rank {rank} died with exit code {process.exitcode}") from None
         if not succeeded:
             raise RankError(f"rank {rank} raised:\n{value}")
-        return value
+        result, threads = value
+        self._threads = max(self._threads, threads)
+        return result
 
 
 def run(world, function, *args, timeout=120.0):
@@ -141,7 +150,7 @@ def _serve(pipe):
             if store != wanted:
                 store = _join(rank, world, wanted, timeout)
             torch.manual_seed(0)
-            answer = (True, function(*args))
+            answer = (True, (function(*args), len(os.listdir("/proc/self/task"))))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))

@@ -125,7 +125,7 @@ class Files:
     def dtype(self, name):
         return str(self.tensors[name].dtype).removeprefix("torch.")
 
-    def read(self, name, index):
+    def read(self, name, index, buffer=None):
         return self.tensors[name][index]
 
 
