@@ -76,7 +76,8 @@ def test_kill_at_any_moment_and_again(kind, checkpoint, request, tmp_path, monke
     draw, kills, counts = random.Random(kind), 0, []
     while kills < 6 and not kill_after(draw.uniform(0.03, 0.25), source, tmp_path / "out"):
         kills += 1
-        assert not (tmp_path / "out").exists()
+        if (tmp_path / "out").exists():  # killed between its last rename and its exit: what has the name is whole
+            break
         journal = hidden(tmp_path / "out") / unfinished.JOURNAL
         counts.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
     assert kills >= 2
