@@ -35,3 +35,9 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[torch.device
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def host_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup:
+    """All ranks over gloo once more, for what a thread does beside the step; collective."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + MARGIN_S))
+    return group
