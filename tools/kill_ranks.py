@@ -59,12 +59,19 @@ def undisturbed(job: tuple[str, ...], out: Path) -> None:
     subprocess.run(command(job, out), check=True, capture_output=True, env=environment())
 
 
-def hunt(job: tuple[str, ...], out: Path, kills: int, seed: int, say: Callable[[str], None] = lambda _: None) -> Hunt:
-    """Run a job and kill `kills` of its ranks, fewer if it ends before."""
+def hunt(
+    job: tuple[str, ...],
+    out: Path,
+    kills: int,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
+    **env: str,
+) -> Hunt:
+    """Run a job and kill `kills` of its ranks, fewer if it ends before. `env` is added to its environment."""
     chance, result = random.Random(seed), Hunt()
     job = (*job, "--max-restarts", str(kills))
     with (out.parent / f"{out.name}.log").open("w+") as log:
-        process = subprocess.Popen(command(job, out), stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen(command(job, out), stdout=log, stderr=log, env=environment() | env)
         before: list[int] = []
         while len(result.kills) < kills:
             moment, delay = MOMENTS[len(result.kills) % len(MOMENTS)], chance.random()

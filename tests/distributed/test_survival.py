@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.command import start, train, zoo
+from tools import kill_ranks
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.metrics import read_metrics
 
@@ -23,8 +24,15 @@ def losses(rows):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return losses(train(tmp_path_factory.mktemp("undisturbed") / "run", *JOB))
+def undisturbed_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run, *JOB)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    return losses(read_metrics(undisturbed_run / "metrics.jsonl"))
 
 
 @pytest.mark.dist
@@ -48,6 +56,22 @@ def test_ten_killed_workers_leave_no_trace_in_the_losses(undisturbed, tmp_path):
         assert "Traceback" not in err
     zoo("finetune", *JOB, "--out", run)
     assert losses(read_metrics(run / "metrics.jsonl")) == undisturbed
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_killed_ranks_are_started_again_and_every_number_is_as_if_nothing_had_been(undisturbed_run, tmp_path):
+    """A short run of tools/kill_ranks.py."""
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    hunted = kill_ranks.hunt(JOB, run, 4, seed=1, TMPDIR=str(temporary))
+    assert hunted.status == 0, hunted.said
+    # A fast machine may be done before its last ranks could be killed.
+    assert len(hunted.kills) == hunted.said.count(" was killed by SIGKILL") == hunted.said.count(". Restart ")
+    assert hunted.kills
+    assert "Traceback" not in hunted.said
+    assert kill_ranks.differences(undisturbed_run, run) == []
+    assert [*temporary.glob("zoo-*"), *temporary.glob("torchelastic*")] == []
 
 
 @pytest.mark.dist

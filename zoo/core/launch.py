@@ -93,7 +93,8 @@ def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) 
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(),
+        # Where it cleans nothing up after itself.
+        logs_specs=DefaultLogsSpecs(log_dir=str(office.root / "elastic")),
         # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
         signals_to_handle="SIGHUP",
     )
