@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import ZooError
-from zoo.core.watchdog import Watchdog
+from zoo.core.watchdog import RESUMES, Watchdog
 
 
 def inside_launcher() -> bool:
@@ -46,7 +46,7 @@ class Work:
 TRAINING = Work(
     module="zoo.core.worker",
     on_signal="finishing the step, then saving. Again aborts without saving",
-    again="The same command resumes from the last finished checkpoint",
+    again=RESUMES,
 )
 
 
