@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 
 import pytest
@@ -169,6 +170,49 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     assert "from step 2 of 4" in err
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory that is a file system of its own, with room for one checkpoint, and a function that enlarges it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*words):
+        return subprocess.run(["mount", *words, str(folder)], capture_output=True, text=True, check=False)
+
+    try:
+        mounted = mount("-t", "tmpfs", "-o", "size=10m", "tmpfs")
+    except FileNotFoundError as error:
+        pytest.skip(f"no mount here: {error}")
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield folder, lambda: mount("-o", "remount,size=64m")
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.dist
+def test_a_full_disk_is_a_warning_until_there_is_room_again(small_disk, tmp_path):
+    """A save takes 6.7 MB of the 10 MB there are, so that the first is written and no other."""
+    run, enlarge = small_disk
+    with (tmp_path / "said").open("w+") as said:
+        process = start("finetune", *JOB[:-3], "4000", "--save-every", "1", "--out", run, output=said)
+        warned = (
+            f"warning: saving {run}/checkpoints/step-2 failed: the disk is full. Nothing was lost: step-1 is intact"
+        )
+        wait_until(lambda: (tmp_path / "said").read_text().count("The run goes on") >= 3, process)
+        assert Checkpoints(run, keep=1).steps() == [1]
+        assert (run / "checkpoints" / "latest").resolve().name == "step-1"
+        enlarge()
+        wait_until(lambda: len(Checkpoints(run, keep=1).steps()) == 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+        text = (tmp_path / "said").read_text()
+    assert warned in text
+    assert "Traceback" not in text
+    last = Checkpoints(run, keep=1).steps()[-1]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, last + 1))
+    assert list((run / "checkpoints").glob(".*")) == []
+
+
 @pytest.mark.dist
 def test_a_loss_that_is_no_number_names_its_module_and_spoils_nothing(tmp_path):
     run = tmp_path / "run"
@@ -207,10 +251,11 @@ def wait_for_workers(process, run, already):
     return [int(pid) for pid in children(process.pid)]
 
 
-def wait_until(holds):
-    deadline = time.monotonic() + 60
+def wait_until(holds, process=None):
+    deadline = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.02)
 
 
