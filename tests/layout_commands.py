@@ -107,7 +107,12 @@ class Case:
     @property
     def rows(self) -> int:
         """Rows a step: two microbatches a data-parallel rank, or four where one rank has them all."""
-        return max(4, 2 * self._degree("dp-replicate") * self._degree("dp-shard"))
+        return max(4, 2 * self.data_parallel)
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that work on different rows."""
+        return self._degree("dp-replicate") * self._degree("dp-shard")
 
     @property
     def layers(self) -> int:
