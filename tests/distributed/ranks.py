@@ -126,7 +126,9 @@ def _pool():
 def _start():
     # Ranks are forked from one process that has imported torch and computed nothing.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "zoo.core.worker"]
+    )
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
