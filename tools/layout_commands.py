@@ -1,13 +1,16 @@
 """Trains under every layout by the real command: `python -m tools.layout_commands [--only WORD]`.
 
-Each line is a command of its own, with processes of its own, held against the same job in one process: the largest
-difference of a number in metrics.jsonl, and whether `zoo export` wrote the same files. The last line is the verdict.
+Each line is a command with processes of its own, held against the same job in one process: the largest difference of a
+number in metrics.jsonl, and whether `zoo export` (called in this process) wrote the same files. The last line is the
+verdict.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import resource
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.layout_commands import CASES, Corpus, furthest, untimed
+from zoo.cli.main import main as zoo
 from zoo.core.metrics import read_metrics
 
 BOUND = 1e-9
@@ -32,12 +36,8 @@ class Commands:
     def trained(self, name: str, *words: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Metrics of a run and SHA-256 of the files of its exports."""
         run = self.folder / name
-        _zoo("finetune", *words, "--out", run)
-        files = {}
-        for dtype in ("float32", "bfloat16"):
-            _zoo("export", run, run / dtype, "--dtype", dtype)
-            files |= {f"{dtype}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in (run / dtype).iterdir()}
-        return untimed(read_metrics(run / "metrics.jsonl")), files
+        _finetune(*words, "--out", run)
+        return untimed(read_metrics(run / "metrics.jsonl")), _exported(run)
 
     @cache  # noqa: B019  (one object a process)
     def single(self, model: str, layers: int, rows: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -45,11 +45,20 @@ class Commands:
         return self.trained(f"{model}-{layers}-{rows}", *self.corpus.command(model, layers, rows))
 
 
-def _zoo(*words: object) -> None:
-    command = [sys.executable, "-m", "zoo", *map(str, words)]
+def _finetune(*words: object) -> None:
+    command = [sys.executable, "-m", "zoo", "finetune", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stderr}")
+
+
+def _exported(run: Path) -> dict[str, str]:
+    files = {}
+    for dtype in ("float32", "bfloat16"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert zoo(["export", str(run), str(run / dtype), "--dtype", dtype]) == 0
+        files |= {f"{dtype}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in (run / dtype).iterdir()}
+    return files
 
 
 def _say(line: str) -> None:

@@ -11,9 +11,12 @@ rounding to bfloat16 does than 1e6 times: equal files are no matter of luck, in 
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cache
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import command as real
 from tests.distributed.pooled_command import command, train
@@ -70,3 +73,16 @@ def test_processes_of_their_own_make_the_same_of_the_heaviest_mixes(case, corpus
     run = tmp_path / "run"
     assert furthest(untimed(real.train(run, *corpus.command(*case.job), *case.words)), metrics) < 1e-9
     assert exported(run) == files
+
+
+def test_a_run_in_float64_is_exported_in_float32_unless_more_is_asked(corpus, tmp_path):
+    run = tmp_path / "run"
+    train(run, *corpus.command("llama", 2, 2))
+    for dtype in ((), ("--dtype", "stored")):
+        command("export", run, tmp_path / str(len(dtype)), *dtype)
+    published, kept = (load_file(tmp_path / name / "model.safetensors") for name in "02")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in "02"]
+    assert [config["torch_dtype"] for config in configs] == ["float32", "float64"]
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float64}
+    assert published.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name].float()) for name, tensor in published.items())
