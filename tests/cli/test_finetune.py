@@ -61,6 +61,7 @@ def checkpoint(tmp_path):
             2,
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
+        (("llama3", "--set", "model.attention_dropout=0.1"), 5, ["attention_dropout is 0.1", "write 0"]),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
         (("llama3", "--tp", "3"), 2, ["--tp 3", "4 query heads", "--tp 1 or --tp 2"]),
         (
