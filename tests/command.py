@@ -9,13 +9,13 @@ import sys
 from zoo.core.metrics import read_metrics
 
 
-def start(*args, **env):
-    """`zoo ARGS` as a running process; output is text on stdout and stderr."""
+def start(*args, output=subprocess.PIPE, **env):
+    """`zoo ARGS` as a running process; output is text on stdout and stderr, pipes if no file is given for both."""
     command = [sys.executable, "-m", "zoo", *map(str, args)]
     return subprocess.Popen(
         command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
         env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env,
     )

@@ -105,9 +105,34 @@ def test_ranks_that_beat_or_have_not_begun_are_left_alone(tmp_path):
     assert watchdog.verdict is None
 
 
-def test_without_a_launcher_a_rank_ends_itself_and_leaves_its_stacks():
-    script = "import time; from zoo.core.watchdog import LoneHeart\nwith LoneHeart(0.5): time.sleep(60)"
+def test_without_a_launcher_a_rank_ends_itself_and_says_where_it_hung():
+    script = "import time; from zoo.core.watchdog import LoneHeart\nwith LoneHeart(3, 0.5): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
     assert 'File "<string>", line 2 in <module>' in done.stderr
-    assert "Timeout (0:00:00.500000)!" in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "Error: no step ended in 0.5 s (layout.timeout): rank 3 hangs in <module> (<string>:2). "
+        "The same command resumes from the last finished checkpoint"
+    )
+
+
+def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
+    # PyDLL holds the interpreter's lock, as a driver that is stuck may.
+    script = (
+        "import ctypes; from zoo.core.watchdog import LoneHeart\nwith LoneHeart(0, 0.5): ctypes.PyDLL(None).sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert 'File "<string>", line 2 in <module>' in done.stderr
+
+
+@pytest.mark.parametrize(("error", "status"), [("RuntimeError", 1), ("KeyError", 0)])
+def test_a_rank_that_lost_the_others_is_watched_on_its_way_out(error, status):
+    script = (
+        "import time; from zoo.core.watchdog import LoneHeart\n"
+        "try:\n"
+        f"    with LoneHeart(0, 0.5): raise {error}\n"
+        f"except {error}: time.sleep(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == status, done.stderr

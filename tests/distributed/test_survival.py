@@ -6,11 +6,13 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 
 import pytest
 
 from tests.command import start, train, zoo
+from tools import kill_ranks
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.metrics import read_metrics
 
@@ -23,8 +25,15 @@ def losses(rows):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return losses(train(tmp_path_factory.mktemp("undisturbed") / "run", *JOB))
+def undisturbed_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run, *JOB)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    return losses(read_metrics(undisturbed_run / "metrics.jsonl"))
 
 
 @pytest.mark.dist
@@ -48,6 +57,22 @@ def test_ten_killed_workers_leave_no_trace_in_the_losses(undisturbed, tmp_path):
         assert "Traceback" not in err
     zoo("finetune", *JOB, "--out", run)
     assert losses(read_metrics(run / "metrics.jsonl")) == undisturbed
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_killed_ranks_are_started_again_and_every_number_is_as_if_nothing_had_been(undisturbed_run, tmp_path):
+    """A short run of tools/kill_ranks.py."""
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    hunted = kill_ranks.hunt(JOB, run, 4, seed=1, TMPDIR=str(temporary))
+    assert hunted.status == 0, hunted.said
+    # A fast machine may be done before its last ranks could be killed.
+    assert len(hunted.kills) == hunted.said.count(" was killed by SIGKILL") == hunted.said.count(". Restart ")
+    assert hunted.kills
+    assert "Traceback" not in hunted.said
+    assert kill_ranks.differences(undisturbed_run, run) == []
+    assert [*temporary.glob("zoo-*"), *temporary.glob("torchelastic*")] == []
 
 
 @pytest.mark.dist
@@ -145,6 +170,49 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     assert "from step 2 of 4" in err
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory that is a file system of its own, with room for one checkpoint, and a function that enlarges it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*words):
+        return subprocess.run(["mount", *words, str(folder)], capture_output=True, text=True, check=False)
+
+    try:
+        mounted = mount("-t", "tmpfs", "-o", "size=10m", "tmpfs")
+    except FileNotFoundError as error:
+        pytest.skip(f"no mount here: {error}")
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield folder, lambda: mount("-o", "remount,size=64m")
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.dist
+def test_a_full_disk_is_a_warning_until_there_is_room_again(small_disk, tmp_path):
+    """A save takes 6.7 MB of the 10 MB there are, so that the first is written and no other."""
+    run, enlarge = small_disk
+    with (tmp_path / "said").open("w+") as said:
+        process = start("finetune", *JOB[:-3], "4000", "--save-every", "1", "--out", run, output=said)
+        warned = (
+            f"warning: saving {run}/checkpoints/step-2 failed: the disk is full. Nothing was lost: step-1 is intact"
+        )
+        wait_until(lambda: (tmp_path / "said").read_text().count("The run goes on") >= 3, process)
+        assert Checkpoints(run, keep=1).steps() == [1]
+        assert (run / "checkpoints" / "latest").resolve().name == "step-1"
+        enlarge()
+        wait_until(lambda: len(Checkpoints(run, keep=1).steps()) == 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+        text = (tmp_path / "said").read_text()
+    assert warned in text
+    assert "Traceback" not in text
+    last = Checkpoints(run, keep=1).steps()[-1]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, last + 1))
+    assert list((run / "checkpoints").glob(".*")) == []
+
+
 @pytest.mark.dist
 def test_a_loss_that_is_no_number_names_its_module_and_spoils_nothing(tmp_path):
     run = tmp_path / "run"
@@ -183,10 +251,11 @@ def wait_for_workers(process, run, already):
     return [int(pid) for pid in children(process.pid)]
 
 
-def wait_until(holds):
-    deadline = time.monotonic() + 60
+def wait_until(holds, process=None):
+    deadline = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.02)
 
 

@@ -13,11 +13,11 @@ from zoo.core import checkpoint, weights
 from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
-from zoo.core.errors import UsageError
+from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
 from zoo.core.job import Job
-from zoo.core.launch import inside_launcher, launch, quiet_launcher
+from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch, quiet_launcher
 from zoo.core.mesh import resolve_degrees
 from zoo.core.mesh_drawing import draw_svg, draw_text
 from zoo.core.plugins import Plugins
@@ -27,6 +27,7 @@ from zoo.core.sources import open_checkpoint
 from zoo.core.train import train
 from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, LoneHeart
+from zoo.core.world import lost_touch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,8 +96,9 @@ def run(
     if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
     if ranks == 1 or world_size is not None:
-        with Heart() if world_size is None else LoneHeart(job.layout.timeout) as heart:
-            return train(job, plugins, heart)
+        if world_size is None:
+            return train(job, plugins, Heart())
+        return _among_others(job, plugins)
     quiet_launcher()
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
@@ -105,6 +107,18 @@ def run(
         timeout_s=job.layout.timeout,
     )
     return out
+
+
+def _among_others(job: Job, plugins: Plugins) -> Path:
+    """`train` on one of the ranks of an outer launcher. Raises WorkerDied if the others cannot be reached any more."""
+    rank = int(os.environ["RANK"])
+    try:
+        with LoneHeart(rank, job.layout.timeout) as heart:
+            return train(job, plugins, heart)
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
 
 
 def layout(model: str | None, flags: Mapping[str, Any], *, nodes: int | None, gpus_per_node: int) -> tuple[str, str]:

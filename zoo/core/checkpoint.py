@@ -5,18 +5,20 @@
     RUN/checkpoints/step-20/hub/         config.json and tokenizer, as export needs them
     RUN/checkpoints/latest -> step-20    the last finished one
 
-A save is written under a temporary name, synced and renamed; a finished one is never overwritten.
+A save is written under a temporary name, synced and renamed; a finished one is never overwritten, and one that has had
+its time is renamed before it is deleted. So whatever is named `step-N` is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -32,8 +34,18 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from zoo.core.errors import DataError, UsageError
 from zoo.core.step import TrainState
 
+Answer = TypeVar("Answer")
+
 _FINISHED = re.compile(r"^step-(\d+)$")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class SaveFailed(DataError):
+    """A checkpoint could not be written. `what` says which, why, and what is left, without what to type next."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}. Free some space and type the same command again")
+        self.what = what
 
 
 class Checkpoints:
@@ -44,37 +56,37 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: TrainState, progress: Mapping[str, Any], hub_files: Mapping[str, bytes]) -> Path:
-        """Write `step-N` and point `latest` at it; collective. Raises DataError on every rank if a write failed.
+        """`write` of what is now, in the default group."""
+        return self.write(tensors_of(state), state.step, progress, lambda: hub_files)
 
-        `progress` and `hub_files` are read on rank 0 only. What was saved before stays whatever happens.
+    def write(
+        self,
+        tensors: dict[str, Any],
+        step: int,
+        progress: Mapping[str, Any],
+        hub_files: Callable[[], Mapping[str, bytes]],
+        group: dist.ProcessGroup | None = None,
+    ) -> Path:
+        """Write `step-N` and point `latest` at it; collective in `group`, which has all ranks.
+
+        `progress` and `hub_files` are read on rank 0 only. Raises SaveFailed on every rank if a write failed. What was
+        saved before stays whatever happens.
         """
-        final = self.root / f"step-{state.step}"
-        if _agreed(final.is_dir()):
+        final = self.root / f"step-{step}"
+        if _on_rank_zero(final.is_dir, group):
             return final
-        unfinished = self.root / f".unfinished-step-{state.step}"
-        _on_rank_zero(lambda: _make_empty(unfinished), "make", unfinished)
+        unfinished = self.root / f".unfinished-step-{step}"
         try:
-            dcp_save(_tensors(state), checkpoint_id=unfinished / "state")
+            _on_rank_zero(lambda: _make_empty(unfinished), group)
+            dcp_save(tensors, checkpoint_id=unfinished / "state", process_group=group)
+            _on_rank_zero(lambda: self._finish(unfinished, final, progress, hub_files()), group)
         except CheckpointException as error:
             reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
-            raise self._failed(unfinished, reason) from None
-        extra = {"progress.json": json.dumps(dict(progress), indent=2).encode()} if _rank() == 0 else {}
-        extra |= {f"hub/{name}": content for name, content in hub_files.items()}
-
-        def finish() -> None:
-            for name, content in extra.items():
-                _write_synced(unfinished / name, content)
-            _sync_tree(unfinished)
-            unfinished.rename(final)
-            _point(self.root / "latest", final.name)
-            _sync(self.root)
-            self._prune(final)
-
-        try:
-            _on_rank_zero(finish, "finish", unfinished)
         except DataError as error:
-            raise self._failed(unfinished, str(error)) from None
-        return final
+            reason = str(error)
+        else:
+            return final
+        raise SaveFailed(_on_rank_zero(lambda: self._give_up(unfinished, reason), group))
 
     def steps(self) -> list[int]:
         """Steps of the finished saves, ascending."""
@@ -86,26 +98,54 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"
 
-    def _prune(self, newest: Path) -> None:
-        """Delete all but the last `keep`, and what unfinished saves left."""
+    def tidy(self) -> None:
+        """Put right what a death in the middle left: `latest` names the last save, and nothing is there by half."""
+        with contextlib.suppress(OSError):
+            steps = self.steps()
+            if steps and self._latest.resolve().name != f"step-{steps[-1]}":
+                _prepare_link(self._latest, f"step-{steps[-1]}").replace(self._latest)
+        self._sweep()
+
+    @property
+    def _latest(self) -> Path:
+        return self.root / "latest"
+
+    def _finish(
+        self, unfinished: Path, final: Path, progress: Mapping[str, Any], hub_files: Mapping[str, bytes]
+    ) -> None:
+        _write_synced(unfinished / "progress.json", json.dumps(dict(progress), indent=2).encode())
+        for name, content in hub_files.items():
+            _write_synced(unfinished / "hub" / name, content)
+        _sync_tree(unfinished)
+        # Before the renames: all that may find the disk full.
+        link = _prepare_link(self._latest, final.name)
+        unfinished.rename(final)
+        link.replace(self._latest)
+        _sync(self.root)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete all but the last `keep`; what cannot be deleted now is swept up later."""
         for step in self.steps()[: -max(1, self.keep)]:
-            if self.path(step) != newest:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+            leaving = self.root / f".unfinished-step-{step}"
+            with contextlib.suppress(OSError):
+                self.path(step).rename(leaving)
+        self._sweep()
+
+    def _sweep(self) -> None:
         for left in self.root.glob(".unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _failed(self, unfinished: Path, reason: str) -> DataError:
-        if _rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    def _give_up(self, unfinished: Path, reason: str) -> str:
+        """Delete what was written; what to say of it."""
+        # What torch says of a short write names no cause, and a full disk is the usual one.
+        free = _free_bytes(self.root)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        why = "the disk is full" if free < 1 << 20 else f"{' '.join(reason.split())} ({free / 2**30:.1f} GiB free)"
         last = max(self.steps(), default=None)
         kept = f"step-{last} is intact" if last is not None else "no earlier checkpoint exists"
-        free = shutil.disk_usage(self.root).free
-        # What torch says of a short write names no cause, and a full disk is the usual one.
-        why = "the disk is full" if free < 1 << 20 else f"{' '.join(reason.split())} ({free / 2**30:.1f} GiB free)"
-        return DataError(
-            f"saving {self.root}/{unfinished.name.removeprefix('.unfinished-')} failed: {why}. "
-            f"Nothing was lost: {kept}. Free some space and type the same command again"
-        )
+        name = unfinished.name.removeprefix(".unfinished-")
+        return f"saving {self.root}/{name} failed: {why}. Nothing was lost: {kept}"
 
 
 def find(path: Path) -> Path | None:
@@ -157,7 +197,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 def load(state: TrainState, path: Path) -> None:
     """Fill weights, optimizer state and step in place, whatever layout wrote them; collective. Raises DataError."""
-    tensors = _tensors(state)
+    tensors = tensors_of(state)
     try:
         dcp_load(tensors, checkpoint_id=path / "state")
     except (CheckpointException, OSError) as error:
@@ -171,7 +211,7 @@ def load(state: TrainState, path: Path) -> None:
     state.step = int(read_progress(path)["step"])
 
 
-def _tensors(state: TrainState) -> dict[str, Any]:
+def tensors_of(state: TrainState) -> dict[str, Any]:
     """Logical names to tensors: `model.<parameter>`, `optim.state.<parameter>.<slot>`, `optim.param_groups...`."""
     model: nn.Module = state.model
     optimizer = get_optimizer_state_dict(model, state.optimizer, options=_FLAT)
@@ -179,28 +219,19 @@ def _tensors(state: TrainState) -> dict[str, Any]:
     return tensors | {f"optim.{name}": value for name, value in optimizer.items()}
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _agreed(value: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def _on_rank_zero(action: Any, verb: str, path: Path) -> None:
-    """Run on rank 0; every rank returns together or raises DataError together."""
-    failure: list[str | None] = [None]
-    if _rank() == 0:
+def _on_rank_zero(action: Callable[[], Answer], group: dist.ProcessGroup | None) -> Answer:
+    """What an action on rank 0 returns, on every rank, or DataError on every rank if it raised OSError."""
+    holder: list[Any] = [None, None]
+    if dist.get_rank() == 0:
         try:
-            action()
+            holder[0] = action()
         except OSError as error:
-            failure[0] = f"cannot {verb} {path.name}: {error.strerror or error}"
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise DataError(failure[0])
+            holder[1] = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    dist.broadcast_object_list(holder, src=0, group=group)
+    if holder[1] is not None:
+        raise DataError(holder[1])
+    answer: Answer = holder[0]
+    return answer
 
 
 def _make_empty(path: Path) -> None:
@@ -229,9 +260,14 @@ def _sync_tree(path: Path) -> None:
         _sync(entry)
 
 
-def _point(link: Path, target: str) -> None:
-    """Make a symbolic link point at target, atomically."""
+def _prepare_link(link: Path, target: str) -> Path:
+    """A symbolic link to target under another name, from which a rename makes it `link`."""
     fresh = link.with_name(".latest-new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
-    fresh.replace(link)
+    return fresh
+
+
+def _free_bytes(path: Path) -> int:
+    """What can be written below a directory that may not exist yet."""
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free

@@ -131,6 +131,8 @@ class CheckpointSection:
     every: int = 100
     """Steps between saves; the last step is always saved."""
     keep: int = 2
+    background: bool = field(default=True, metadata={"key": "async"})
+    """Whether the run goes on while a save is written; it holds for a copy to the host only."""
     resume: str = "auto"
     """auto, never, or the path of a run or of one of its checkpoints."""
 

@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import ZooError
-from zoo.core.watchdog import Watchdog
+from zoo.core.watchdog import RESUMES, Watchdog
 
 
 def inside_launcher() -> bool:
@@ -46,7 +46,7 @@ class Work:
 TRAINING = Work(
     module="zoo.core.worker",
     on_signal="finishing the step, then saving. Again aborts without saving",
-    again="The same command resumes from the last finished checkpoint",
+    again=RESUMES,
 )
 
 
@@ -93,7 +93,8 @@ def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) 
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(),
+        # Where it cleans nothing up after itself.
+        logs_specs=DefaultLogsSpecs(log_dir=str(office.root / "elastic")),
         # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
         signals_to_handle="SIGHUP",
     )

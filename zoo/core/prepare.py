@@ -297,9 +297,9 @@ def _settled(
 
 def _default_out(job: Job, origin: Origin) -> str:
     """runs/<model>-<size>-<seq>-<hash>: the same command finds its run again, another command another."""
-    # How ranks are kept alive makes it no other run.
+    # How ranks are kept alive and when a save is written make it no other run.
     lasting = job.replace("layout", timeout=None).settings()
-    del lasting["launch"]
+    del lasting["launch"], lasting["checkpoint"]["async"]
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()[:6]
     base = Path("runs") / f"{origin.entry.name}-{origin.size}-{format_tokens(job.data.seq)}-{digest}"
     if job.checkpoint.resume != "never":

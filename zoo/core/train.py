@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +19,7 @@ import yaml
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
-from zoo.core.errors import DataError, NumericsError, PluginError, SavedOnSignal, UsageError
+from zoo.core.errors import NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
@@ -29,12 +31,13 @@ from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
+from zoo.core.saver import Saved, Saver
 from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
-from zoo.core.world import process_group
+from zoo.core.world import host_group, process_group
 
 
 def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
@@ -54,14 +57,17 @@ def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
                 try:
                     _loop(run, signals, voice, heart)
                 except NumericsError as error:
+                    _heard(run.saver.wait(), voice)
                     raise _blamed(error, run, registry, voice, heart) from None
             except BaseException as error:
+                # Ranks that end by their own word, alone or together, have peers that still write what was begun.
+                if isinstance(error, ZooError) or dist.get_world_size() == 1:
+                    with contextlib.suppress(Exception):  # of which this is not the cause
+                        _heard(run.saver.wait(), voice)
                 voice.ended(error)
                 raise
             finally:
-                run.feed.close()
-                if run.stream is not None:
-                    run.stream.close()
+                run.close()
             voice.ended(None)
             return run.path
 
@@ -75,6 +81,7 @@ class _Run:
     feed: Feed
     stream: RowStream | None
     checkpoints: Checkpoints
+    saver: Saver
     meter: Meter
     device: torch.device
     path: Path
@@ -95,6 +102,9 @@ class _Run:
             peak_tflops=job.log.peak_tflops,
             device=device,
         )
+        checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
+        if dist.get_rank() == 0:
+            checkpoints.tidy()
         saved = checkpoint.resume_point(path, job.checkpoint.resume)
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
@@ -111,8 +121,8 @@ class _Run:
             windows=prepared.windows,
             steps=job.schedule.steps - state.step,
         )
-        checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
-        return cls(prepared, state, feed, stream, checkpoints, meter, device, path, state.step, position)
+        saver = Saver(checkpoints, host_group(job.layout.timeout or DEFAULT_TIMEOUT_S))
+        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position)
 
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
@@ -124,8 +134,8 @@ class _Run:
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
         return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
 
-    def save(self) -> Path:
-        """A finished checkpoint of the current step; collective."""
+    def save(self, *, beside: bool) -> Saved | None:
+        """A checkpoint of the current step; None if it is written beside the steps that follow; collective."""
         progress = {
             "step": self.state.step,
             "tokens": self.meter.tokens,
@@ -135,10 +145,16 @@ class _Run:
             "model": self.prepared.hub_config,
             "cursor": self.position.cursor,
         }
-        hub_files = self.prepared.hub_files() if dist.get_rank() == 0 else {}
-        saved = self.checkpoints.save(self.state, progress, hub_files)
+        save = self.saver.start if beside else self.saver.write
+        saved = save(self.state, progress, self.prepared.hub_files)
         self.meter.restart_clock()
         return saved
+
+    def close(self) -> None:
+        self.feed.close()
+        self.saver.close()
+        if self.stream is not None:
+            self.stream.close()
 
     def rows_read(self) -> str:
         """What became of the samples so far. Nothing is left out in silence."""
@@ -181,6 +197,7 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
             voice.stepped(run.meter.flush())
         if step == run.first_step + 1 or last:
             voice.noted(run.rows_read())
+        _heard(run.saver.ended(), voice)
         if due:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
@@ -215,13 +232,21 @@ def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, h
 
 
 def _save(run: _Run, voice: Voice, *, must: bool) -> None:
-    """Save now. In the middle of a run a failed save is a warning: the run goes on and tries again when next due."""
-    try:
-        voice.saved(run.state.step, run.save())
-    except DataError as error:
-        if must:
-            raise
-        voice.noted(f"warning: {error}. The run goes on")
+    """Save now, once the save before has ended. Raises SaveFailed if it `must` be; else a failure is a warning."""
+    _heard(run.saver.wait(), voice)
+    saved = run.save(beside=run.prepared.job.checkpoint.background and not must)
+    if must and saved is not None and saved.failure is not None:
+        raise saved.failure
+    _heard([saved] if saved is not None else [], voice)
+
+
+def _heard(ended: Sequence[Saved], voice: Voice) -> None:
+    """Say how saves ended."""
+    for save in ended:
+        if save.path is not None:
+            voice.saved(save.step, save.path)
+        elif save.failure is not None:
+            voice.noted(f"warning: {save.failure.what}. The run goes on, and saves again when next due")
 
 
 def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainState:

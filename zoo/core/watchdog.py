@@ -8,7 +8,9 @@ import linecache
 import os
 import re
 import signal
+import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ DEFAULT_TIMEOUT_S = 1800.0
 """Longest that a step, a save or the start may take if `layout.timeout` does not say."""
 MARGIN_S = 30.0
 """How much later torch's own timeouts come, which say less."""
+RESUMES = "The same command resumes from the last finished checkpoint"
 _ANSWER_S = 2.0
 _FRAME = re.compile(r'File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>\S+)')
 
@@ -62,16 +65,50 @@ class WatchedHeart(Heart):
 
 
 class LoneHeart(Heart):
-    """Under another launcher nobody watches: when it stops, stacks go to stderr and the process ends with status 1."""
+    """Under another launcher nobody watches a rank but itself: a thread that ends the process, with status 1.
 
-    def __init__(self, timeout_s: float | None) -> None:
+    Before that come its stacks and one line that says what it hangs in or waits for, on stderr. When a run ends because
+    ranks lost each other it watches on: threads that wait for those that are gone keep a process from ending.
+    """
+
+    def __init__(self, rank: int, timeout_s: float | None) -> None:
+        self._rank = rank
         self._timeout_s = timeout_s or DEFAULT_TIMEOUT_S
+        self._last = time.monotonic()
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return super().__enter__()
 
     def beat(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+        self._last = time.monotonic()
+        # For a rank that is stuck where no thread of Python gets its turn.
+        faulthandler.dump_traceback_later(self._timeout_s + _ANSWER_S, exit=True)
 
-    def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+    def __exit__(self, *error: object) -> None:
+        if not isinstance(error[1], RuntimeError):
+            self._over.set()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(0.5, self._timeout_s / 10)):
+            if time.monotonic() - self._last > self._timeout_s:
+                self._report()
+                os._exit(1)
+
+    def _report(self) -> None:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        does = "waits" if _waits(stacks) else "hangs"
+        sys.stderr.write(
+            f"rank {self._rank}:\n{_busy_threads(stacks)}\n"
+            f"Error: no step ended in {self._timeout_s:g} s (layout.timeout): "
+            f"rank {self._rank} {does} {_place(stacks)}. {RESUMES}\n"
+        )
+        sys.stderr.flush()
 
 
 class Watchdog:

@@ -35,3 +35,14 @@ def process_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[torch.device
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def host_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup:
+    """All ranks over gloo once more, for what a thread does beside the step; collective."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + MARGIN_S))
+    return group
+
+
+def lost_touch(error: BaseException) -> bool:
+    """Whether a collective failed because other ranks are gone or cannot be reached."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
