@@ -97,6 +97,21 @@ class LayoutCase:
     def windows(self) -> Mapping[int | None, int]:
         return dict(Counter(self.spec.windows(self.config)))
 
+    def on(self, machine: Machine) -> LayoutCase:
+        """The same on another machine; what is known of the model stays known."""
+        other = replace(self, machine=machine)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "machine"})
+        return other
+
+    def applied(self, job: Job, degrees: Degrees) -> tuple[Setup, list[ParallelAdapter]]:
+        """What adapters are told under these degrees, and which of them apply; nobody is asked whether they can."""
+        job = job.replace("layout", data_parallel=choose_data_parallel(job, self.registry))
+        rows = job.data.global_batch or degrees.dp * job.data.micro_batch * degrees.pp
+        microbatches = max(1, rows // degrees.dp // job.data.micro_batch)
+        pipeline = PipelineSetup(microbatches=microbatches)
+        setup = _setup(job, self.dtype, pipeline, {}, self.windows)
+        return setup, [adapter for adapter in self._every_adapter if adapter.applies(degrees.mapping(), setup)]
+
     def agreed(self, job: Job) -> Agreed:
         """What `check` gives; a refusal names the nearest layouts that work. Raises LayoutError, FitError."""
         try:

@@ -54,9 +54,18 @@ class _Change:
         return f"{flag} {self.value}"
 
 
-def nearest(job: Job, works: Callable[[Job], bool], machine: Machine) -> list[str]:
-    """Up to two layouts that work, as flags to type; those that change fewest settings, then the smallest change."""
+def nearest(job: Job, works: Callable[[Job], bool], machine: Machine, *, only_given: bool = False) -> list[str]:
+    """Up to two layouts that work, as flags to type; those that change fewest settings, then the smallest change.
+
+    With `only_given` nothing is changed that nobody gave, and a flag may be left out.
+    """
     options = _options(job, machine)
+    if only_given:
+        options = {
+            key: some if any(c.value is None for c in some) else [*some, _Change(key, None, 1.0)]
+            for key, some in options.items()
+            if key.removeprefix("layout.") in _DEGREES and _given(job, key)
+        }
     tries = 0
     for count in range(1, _MOST_CHANGES + 1):
         if count == _MOST_CHANGES:

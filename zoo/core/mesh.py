@@ -47,6 +47,14 @@ class Degrees:
         return (ranks or "single process") + (f", ep {self.ep} over them" if self.ep > 1 else "")
 
 
+def check_degrees(layout: LayoutSection) -> None:
+    """Raises LayoutError if one is less than 1."""
+    for axis in (*AXES, "ep"):
+        degree = getattr(layout, axis)
+        if degree is not None and degree < 1:
+            raise LayoutError(f"{_flag(axis)} {degree}: a degree is at least 1")
+
+
 def resolve_degrees(
     layout: LayoutSection, *, world_size: int | None, available: int | None, said: str = "this launcher started"
 ) -> Degrees:
@@ -56,10 +64,7 @@ def resolve_degrees(
 
     Raises LayoutError if the product cannot be the number of ranks.
     """
-    for axis in (*AXES, "ep"):
-        degree = getattr(layout, axis)
-        if degree is not None and degree < 1:
-            raise LayoutError(f"{_flag(axis)} {degree}: a degree is at least 1")
+    check_degrees(layout)
     others = {axis: getattr(layout, axis) or 1 for axis in AXES if axis != "dp_shard"}
     fixed, ep, cp = math.prod(others.values()), layout.ep or 1, others["cp"]
     target = world_size or available or fixed * (layout.dp_shard or ep // math.gcd(ep, cp))

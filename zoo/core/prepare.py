@@ -25,6 +25,7 @@ from zoo.core.contracts import (
 from zoo.core.device import accelerator_type
 from zoo.core.errors import UsageError
 from zoo.core.job import Job, Settings
+from zoo.core.layout_auto import with_degrees
 from zoo.core.layout_check import LayoutCase, context_setup
 from zoo.core.machine import Machine
 from zoo.core.mesh import Degrees
@@ -118,6 +119,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         config=config,
         dtype=dtype,
     )
+    job, why_degrees = with_degrees(job, case) if job.layout.degrees == "auto" else (job, ())
     agreed = case.agreed(job)
     job, degrees, request = agreed.job, agreed.degrees, agreed.request
     backend, why_backend = choose_attention(job, registry, request.problems)
@@ -131,6 +133,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         ("model", f"{origin.entry.name} {origin.size}, {origin.sentence}{longer}"),
         ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {agreed.global_batch} a step"),
         ("layout", describe_layout(agreed.adapters, degrees)),
+        *why_degrees,
         ("attention", why_backend),
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
@@ -150,6 +153,21 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         policy=policy,
         notes=notes,
     )
+
+
+def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, LayoutCase]:
+    """What a layout of accelerators that are not here is checked against: sizes are known without weights and data.
+
+    The job comes back with its row length. Raises UsageError, PluginError or DataError.
+    """
+    entry: ModelEntry = registry.models.get(job.model.name)
+    if job.model.source is None and job.model.size is None:
+        job = job.replace("model", size=entry.default_size)
+    origin = open_origin(job, registry, needs_weights=False)
+    job, _hub_config, config, _longer = _for_length(job, origin, registry)
+    dtype = "bfloat16" if job.model.dtype == "auto" else job.model.dtype
+    case = LayoutCase(registry=registry, machine=machine, name=entry.name, spec=origin.spec, config=config, dtype=dtype)
+    return job, case
 
 
 def with_recipe(registry: Registry, *layers: Settings) -> Job:

@@ -86,6 +86,15 @@ def state_bytes(model: ModelValues, degrees: Degrees, setup: Setup, whole: Colle
     return held / degrees.pp
 
 
+def uneven(model: ModelValues, pp: int) -> float:
+    """What the fullest stage has beside an equal share, roughly: blocks come whole, and an end comes on top."""
+    blocks, ends = sum(sum_of(model.blocks)), sum(model.ends)
+    if pp == 1:
+        return 1.0
+    most = -(-len(model.blocks) // pp) / len(model.blocks) * blocks + ends
+    return most * pp / (blocks + ends)
+
+
 def gathered_bytes(model: ModelValues, degrees: Degrees, setup: Setup) -> float:
     """The most that is whole for a moment where weights are cut: two blocks and the ends, and a gradient of the larger.
 
