@@ -47,10 +47,10 @@ class _Change:
     def typed(self) -> str:
         """As it is typed, or `no --pp-virtual`."""
         flag = next((f"--{flag.name}" for flag in FLAGS if flag.key == self.key), None)
-        if self.value is None:
-            return f"no {flag or self.key}"
         if flag is None:
-            return f"--set {self.key}={str(self.value).lower()}"
+            return f"--set {self.key}={'null' if self.value is None else str(self.value).lower()}"
+        if self.value is None:
+            return f"no {flag}"
         return f"{flag} {self.value}"
 
 
@@ -72,7 +72,11 @@ def nearest(job: Job, works: Callable[[Job], bool], machine: Machine, *, only_gi
             options = {key: [c for c in some if c.is_round] for key, some in options.items() if _given(job, key)}
         ways = sorted(
             (way for keys in combinations(options, count) for way in product(*(options[key] for key in keys))),
-            key=lambda way: (sum(change.cost for change in way), [change.typed() for change in way]),
+            key=lambda way: (
+                sum(change.cost for change in way),
+                sum(not _given(job, change.key) for change in way),
+                [change.typed() for change in way],
+            ),
         )
         found: list[tuple[_Change, ...]] = []
         for way in ways[: _MOST_TRIES - tries]:
