@@ -37,13 +37,13 @@ def request(experts=EIGHT, *, cp=1, dp_shard=1, ep=1, micro_batch=1, aux=False):
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (request(None, dp_shard=4, ep=4), ["--ep 4", "mixtral has none", "--ep 1"]),
-        (request(cp=2, dp_shard=6, ep=6), ["--ep 6", "8 experts", "12 ranks", "--ep 2 or --ep 4"]),
-        (request(dp_shard=3, ep=3), ["--ep 3", "--ep 1"]),
+        (request(None, dp_shard=4, ep=4), ["--ep 4", "mixtral has none"]),
+        (request(cp=2, dp_shard=6, ep=6), ["--ep 6", "8 experts"]),
+        (request(dp_shard=3, ep=3), ["--ep 3", "8 experts"]),
         (request(cp=2, dp_shard=4, ep=8), None),
     ],
 )
-def test_degrees_that_do_not_divide_the_experts_are_refused_with_the_nearest(layout, words):
+def test_degrees_that_do_not_divide_the_experts_are_refused(layout, words):
     said = ExpertParallel().check(layout)
     assert (said is None) == (words is None), said
     for word in words or ():
@@ -53,10 +53,10 @@ def test_degrees_that_do_not_divide_the_experts_are_refused_with_the_nearest(lay
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (request(dp_shard=10, ep=2), ["--ep 2", "= 5 ranks", "64 and 96", "--ep 1"]),
+        (request(dp_shard=10, ep=2), ["--ep 2", "= 5 ranks", "64 and 96"]),
         (
             request(dp_shard=12, ep=4, experts=ExpertShape(num_experts=12, hidden_size=4, intermediate_size=8)),
-            ["--ep 4 leaves", "type --ep 3"],
+            ["--ep 4 leaves", "4 and 8"],
         ),
         (request(dp_shard=4, cp=4, ep=2), None),
         (request(dp_shard=5), None),

@@ -16,13 +16,18 @@ from zoo.core.plugins import Plugins
 @click.command()
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="the resolved job and the reasons as JSON")
-@click.option(
-    "--layout-only", is_flag=True, help="draw the mesh: which rank sits in which group; needs no model, no data"
-)
+@click.option("--layout-only", is_flag=True, help="draw the mesh: which rank sits in which group; needs no data")
 @click.option("--svg", default=None, metavar="FILE", help="with --layout-only: as a picture too")
 @click.option("--nodes", default=None, type=click.IntRange(1), metavar="N", help="with --layout-only: machines to fill")
 @click.option(
     "--gpus-per-node", default=8, type=click.IntRange(1), metavar="G", help="with --layout-only: ranks of a machine"
+)
+@click.option(
+    "--gpu-memory",
+    default=80.0,
+    type=click.FloatRange(1.0),
+    metavar="GB",
+    help="with --layout-only --layout auto: memory of each",
 )
 @click.pass_obj
 def plan(
@@ -34,13 +39,16 @@ def plan(
     svg: str | None,
     nodes: int | None,
     gpus_per_node: int,
+    gpu_memory: float,
     **flags: Any,
 ) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
     from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
 
     if layout_only:
-        text, picture = api.layout(model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
+        text, picture = api.layout(
+            plugins, model, flags, nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory=gpu_memory
+        )
         if svg is not None:
             _write(Path(svg), picture)
         click.echo(text)

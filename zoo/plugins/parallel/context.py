@@ -38,7 +38,7 @@ class ContextParallel:
         if not request.schemes:
             return f"--cp {degree} needs a context scheme and none was chosen; type --cp-scheme ring"
         if request.seq < degree:
-            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks; lower --cp to {request.seq}"
+            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks"
         reasons = (
             scheme.check(problem, request.seq, degree)
             for scheme in request.schemes.values()

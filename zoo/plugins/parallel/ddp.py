@@ -7,7 +7,7 @@ names stay, the gradient norm counts them once, and they may be cut by other axe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -19,6 +19,7 @@ from zoo.plugins.parallel import units
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
 
 
 class ReplicatedData:
@@ -29,8 +30,8 @@ class ReplicatedData:
     phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
-        """Nothing is cut, so nothing can be in the way."""
-        return None
+        """None, or why weights cannot be given up; nothing is cut, so nothing else can be in the way."""
+        return units.keeping_objection(request, self.name)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Also on one rank when arithmetic and weights differ in type."""
@@ -47,6 +48,10 @@ class ReplicatedData:
             dense=lambda unit: replicate(unit, mesh=mesh["ddp"], mp_policy=policy),
         )
         return model
+
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Everything."""
+        return {"weights", "gradients", "optimizer"}
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Nothing travels before the last, and the copy of the weights that is computed on is made once a step."""

@@ -34,18 +34,13 @@ class ExpertParallel:
 
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why these experts cannot be dealt out so."""
-        degree, ranks = request.degrees["ep"], request.degrees["dp_shard"] * request.degrees["cp"]
+        degree = request.degrees["ep"]
         if request.experts is None:
-            return f"--ep {degree} deals out experts and {request.model} has none; type --ep 1"
+            return f"--ep {degree} deals out experts and {request.model} has none"
         num_experts = request.experts.num_experts
         if num_experts % degree == 0:
             return None
-        able = [d for d in range(1, num_experts + 1) if num_experts % d == 0 and ranks % d == 0]
-        near = sorted(sorted(able, key=lambda d: abs(d - degree))[:2])
-        return (
-            f"--ep {degree} does not divide the {num_experts} experts of {request.model}; nearest on these {ranks} "
-            f"ranks: {' or '.join(f'--ep {d}' for d in near)}"
-        )
+        return f"--ep {degree} does not divide the {num_experts} experts of {request.model}"
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """With more than one rank on `ep`."""

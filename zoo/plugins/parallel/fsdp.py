@@ -6,7 +6,7 @@ of their own inside their block: dealt out over `ep`, they are sharded over what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -17,6 +17,7 @@ from zoo.plugins.parallel import units
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
 
 
 class FullyShardedData:
@@ -39,6 +40,10 @@ class FullyShardedData:
         """Shard in place."""
         units.shard(model, plan, mesh, setup, reshard=setup.reshard)
         return model
+
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Weights too are cut, unless they are kept from forward to backward."""
+        return set() if setup.reshard else {"weights"}
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Shards of gradients add up on their rank; copies meet once a step."""

@@ -44,23 +44,14 @@ class TensorParallel:
     phase: ClassVar[Phase] = Phase.SHARD
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or what `tp` does not divide, with the nearest degrees that work."""
+        """None, or what `tp` does not divide."""
         degree, counts = request.degrees["tp"], _counts(request)
         if not request.widths:
-            return f"--tp {degree} cuts matrices and the plan of {request.model} names none; type --tp 1"
+            return f"--tp {degree} cuts matrices and the plan of {request.model} names none"
         if request.experts is not None and not request.sequence_parallel:
-            return (
-                f"--tp {degree} with layout.sequence_parallel=false would send every token to its experts {degree} "
-                f"times; leave layout.sequence_parallel at true"
-            )
+            return f"--tp {degree} with layout.sequence_parallel=false would send a token to its experts {degree} times"
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
-        if what is None:
-            return None
-        able = [d for d in range(1, counts[0][0] + 1) if all(count % d == 0 for count, _ in counts)]
-        near = sorted(sorted(able, key=lambda d: abs(d - degree))[:2])
-        return f"--tp {degree} does not divide the {what} of {request.model}; nearest: " + " or ".join(
-            f"--tp {d}" for d in near
-        )
+        return what and f"--tp {degree} does not divide the {what} of {request.model}"
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """With more than one rank on `tp`."""

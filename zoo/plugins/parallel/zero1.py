@@ -8,7 +8,7 @@ when to gather and when to reduce, so state has the same shards, and the same ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -19,6 +19,7 @@ from zoo.plugins.parallel import units
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
 
 
 class ShardedOptimizer:
@@ -29,8 +30,8 @@ class ShardedOptimizer:
     phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or why experts cannot be cut so."""
-        return units.sharding_objection(request)
+        """None, or why experts cannot be cut so, or weights not be kept."""
+        return units.keeping_objection(request, self.name) or units.sharding_objection(request)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Also on one rank when arithmetic and weights differ in type."""
@@ -41,6 +42,10 @@ class ShardedOptimizer:
         """Shard in place what the optimizer sees."""
         units.shard(model, plan, mesh, setup, reshard=False)
         return model
+
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Weights, and gradients where they add up over microbatches."""
+        return {"weights", "gradients"} if setup.pipeline.microbatches > 1 else {"weights"}
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
