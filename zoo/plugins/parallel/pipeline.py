@@ -29,6 +29,7 @@ from zoo.core.errors import UsageError
 from zoo.core.forward_backward import Counts, Sums
 from zoo.core.seams import find
 from zoo.plugins.parallel.cut import Cut
+from zoo.plugins.parallel.pipeline_traffic import account_pipeline
 from zoo.plugins.parallel.stage_model import PassThrough, StageModel, stage_view
 from zoo.plugins.parallel.stages import SCHEDULES, objection
 from zoo.plugins.parallel.tensor_ranks import share_of
@@ -36,6 +37,7 @@ from zoo.plugins.parallel.tensor_ranks import share_of
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.traffic import Account
 
 _ONE_STAGE: Mapping[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 _STAGES: Mapping[str, Any] = {
@@ -83,6 +85,10 @@ class PipelineParallel:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: every rank of `pp` works on the same rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what passes between stages."""
+        account_pipeline(account)
 
     def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> Pipelined:
         """The schedule over the stages that `apply` kept."""
