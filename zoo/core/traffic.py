@@ -16,7 +16,7 @@ a rank must put on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -121,7 +121,8 @@ class Account:
     """Whole, on meta."""
     degrees: Degrees
     setup: Setup
-    coordinates: Mapping[str, int]
+    number: int
+    """Of this rank in the world."""
     batches: Sequence[Microbatch]
     device: str
     forwards: int
@@ -165,7 +166,11 @@ class Account:
 
     def rank(self, axis: str) -> int:
         """This rank's place on an axis."""
-        return self.coordinates[axis]
+        return mesh_groups.coordinates(self.degrees, self.number)[axis]
+
+    def ranks(self, axis: str) -> tuple[int, ...]:
+        """The ranks of this one's group of an axis."""
+        return next(tuple(group) for group in mesh_groups.groups(self.degrees, axis) if self.number in group)
 
     def tokens(self, batch: Microbatch) -> int:
         """Of a microbatch, those that this rank of `cp` has."""
@@ -264,7 +269,7 @@ def step_traffic(
         model=model,
         degrees=degrees,
         setup=setup,
-        coordinates=mesh_groups.coordinates(degrees, rank),
+        number=rank,
         batches=batches,
         device=device,
         forwards=policy.forwards if isinstance(policy, Repeating) else 1,

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.traffic import Kind, Total
+from zoo.core.contracts import ParallelPlan
+from zoo.core.seams import find
+from zoo.core.traffic import Account, Kind, Total
 
 _Payload = Callable[[tuple[Any, ...], int, int], int]
 """Bytes of a call's arguments, of a rank of a group of so many."""
@@ -78,6 +80,43 @@ class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind, payload = known[name]
         key = kind, tuple(dist.get_process_group_ranks(group))
         self.totals[key] = self.totals.get(key, Total()).plus(1, payload(args, group.rank(), group.size()))
+
+
+class Routed:
+    """What routers decide from now on: the seams `dispatch` of a model on a rank of an `ep` group write it down."""
+
+    def __init__(self, model: nn.Module, plan: ParallelPlan, group: ProcessGroup) -> None:
+        self._counts: list[Tensor] = []
+        self._group = group
+        for name in find(model, plan.seams["dispatch"]):
+            # A block that runs again stops before its end, so what it decides again is not written down.
+            model.get_submodule(name).register_forward_hook(self._note)
+
+    def _note(self, _module: nn.Module, args: tuple[Any, ...], _out: Tensor) -> None:
+        self._counts.append(args[1].counts)
+
+    def copies(self) -> list[tuple[int, int]]:
+        """Of each call, copies of tokens that went to other ranks of the group and that came from them; collective."""
+        mine = torch.stack(self._counts)
+        every = [torch.empty_like(mine) for _ in range(self._group.size())]
+        dist.all_gather(every, mine, group=self._group)
+        me, size = self._group.rank(), self._group.size()
+        # [from, call, to]
+        table = torch.stack(every).view(size, len(mine), size, -1).sum(3)
+        table[torch.arange(size), :, torch.arange(size)] = 0
+        return list(zip(table[me].sum(1).tolist(), table[:, :, me].sum(0).tolist(), strict=True))
+
+
+def compared(wire: Wire, account: Account) -> dict[tuple[Kind, tuple[int, ...]], tuple[tuple[str, ...], Total, Total]]:
+    """By kind and ranks of the group: the axes that have these ranks, what was counted, and what the account says."""
+    axes: dict[tuple[Kind, tuple[int, ...]], tuple[str, ...]] = {}
+    said: dict[tuple[Kind, tuple[int, ...]], Total] = {}
+    for (kind, axis), total in account.totals().items():
+        key = kind, account.ranks(axis)
+        axes[key] = (*axes.get(key, ()), axis)
+        said[key] = said.get(key, Total()).plus(*total)
+    keys = sorted({*said, *wire.totals}, key=lambda key: (key[0], axes.get(key, ()), key[1]))
+    return {key: (axes.get(key, ()), wire.totals.get(key, Total()), said.get(key, Total())) for key in keys}
 
 
 def _is_group(value: torch.ScriptObject) -> bool:
