@@ -39,6 +39,8 @@ class ExpertShape:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    per_token: int = 1
+    """How many of them a token goes to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

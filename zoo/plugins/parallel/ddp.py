@@ -15,11 +15,13 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.plugins.parallel import units
+from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.state_memory import Part
+    from zoo.core.traffic import Account
 
 
 class ReplicatedData:
@@ -62,3 +64,7 @@ class ReplicatedData:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what units send."""
+        account_replicated(account)

@@ -28,10 +28,12 @@ from zoo.plugins.parallel.tensor_modules import (
     VocabularyHead,
 )
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
+from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.traffic import Account
 
 _LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
 
@@ -83,6 +85,10 @@ class TensorParallel:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what hidden states cost where they meet cut matrices."""
+        account_tensor(account)
 
 
 def _counts(request: LayoutRequest) -> list[tuple[int, str]]:

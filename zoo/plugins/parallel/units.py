@@ -20,6 +20,14 @@ AXES = ("dp_replicate", "dp_shard")
 """The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
 
 
+_ONCE_A_STEP = ("zero1", "ddp")
+
+
+def once_a_step(setup: Setup) -> bool:
+    """Whether the adapter chosen keeps weights whole, and gradients where they are, until a step's last backward."""
+    return setup.data_parallel in _ONCE_A_STEP
+
+
 def precision(setup: Setup) -> MixedPrecisionPolicy:
     """Weights in the master type, arithmetic in another, gradients reduced and added up in the master type."""
     return MixedPrecisionPolicy(

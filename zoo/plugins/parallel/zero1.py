@@ -15,11 +15,13 @@ from torch import nn
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.plugins.parallel import units
+from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.state_memory import Part
+    from zoo.core.traffic import Account
 
 
 class ShardedOptimizer:
@@ -56,3 +58,7 @@ class ShardedOptimizer:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what units send: once a step."""
+        account_sharded(account, reshard=False, once=True)

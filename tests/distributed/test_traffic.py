@@ -1,0 +1,162 @@
+"""What ranks really hand to their collectives is what the account of the layout says, message by message.
+
+What the first rank of each layout was counted to send is a table in the docs.
+`ZOO_WRITE_DOCS=1 pytest tests/distributed/test_traffic.py` writes it into docs/layout-traffic.md; without that the test
+compares.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import pipeline_model
+from tests.distributed import ranks
+from zoo.core.batch import collate
+from zoo.core.contracts import IGNORE
+from zoo.core.mesh import Mesh
+from zoo.core.step import train_step
+from zoo.core.traffic import Microbatch, sent, step_traffic
+from zoo.plugins.memory.policies import KeepAll, RecomputeBlocks
+from zoo.testing.traffic import Routed, Wire, compared
+
+pytestmark = pytest.mark.dist
+
+PAGE = Path(__file__).parents[2] / "docs" / "layout-traffic.md"
+BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
+ZERO1, DDP = {"data_parallel": "zero1"}, {"data_parallel": "ddp"}
+LAYOUTS = [
+    ("llama", {"dp_shard": 2}, {}),
+    ("llama", {"dp_shard": 2}, {"reshard": False, "dtype": "bfloat16"}),
+    ("llama-tied", {"dp_shard": 2}, ZERO1),
+    ("nemotron", {"dp_replicate": 2}, DDP),
+    ("nemotron", {"tp": 2}, {"number": 2}),
+    ("llama-tied", {"tp": 2}, {"number": 2, "sequence_parallel": False, "memory": "full"}),
+    ("nemotron-nas", {"tp": 2}, {"number": 2, "memory": "full", "dtype": "bfloat16"}),
+    ("llama", {"cp": 2}, {"number": 2, "memory": "full"}),
+    ("llama-tied", {"pp": 2}, {"number": 4}),
+    ("mixtral-aux", {"pp": 2}, {"number": 2, "schedule": "interleaved"}),
+    ("mixtral", {"dp_shard": 2, "ep": 2}, {"number": 4, "memory": "full"}),
+    ("llama", {"cp": 3}, {"number": 1}),
+    ("llama-tied", {"dp_replicate": 2, "dp_shard": 2}, {}),
+    ("nemotron", {"dp_shard": 2, "tp": 2}, {"number": 4}),
+    ("llama-tied", {"dp_replicate": 2, "tp": 2}, {"number": 4, **ZERO1}),
+    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "1f1b"}),
+    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "gpipe", "reshard": False}),
+    ("llama", {"pp": 2, "dp_shard": 2}, {"number": 4, "schedule": "interleaved"}),
+    ("llama-tied", {"pp": 2, "dp_shard": 2}, {"schedule": "interleaved", **ZERO1}),
+    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "zero-bubble", **DDP}),
+    ("llama", {"pp": 2, "tp": 2}, {"number": 4, "schedule": "zbv"}),
+    ("mixtral", {"dp_shard": 2, "cp": 2, "ep": 2}, {"number": 4, **ZERO1}),
+    ("mixtral-aux", {"cp": 2, "tp": 2, "ep": 2}, {"number": 2}),
+    ("nemotron", {"pp": 2, "cp": 2, "tp": 2}, {"number": 4}),
+    ("mixtral", {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 2}, {"number": 4, "schedule": "interleaved"}),
+    ("mixtral-aux", {"dp_replicate": 2, "dp_shard": 2, "cp": 2, "ep": 4}, DDP),
+    ("llama", {"pp": 4, "dp_replicate": 2}, {}),
+]
+
+
+def world_of(degrees):
+    return torch.tensor([size for axis, size in degrees.items() if axis != "ep"]).prod().item()
+
+
+WORLDS = sorted({world_of(degrees) for _, degrees, _ in LAYOUTS})
+
+
+def layouts_of(world):
+    return [layout for layout in LAYOUTS if world_of(layout[1]) == world]
+
+
+def counted(model, degrees, options):
+    """On a rank: `compared` of a step."""
+    run = pipeline_model.Run(model, degrees, **options)
+    spec, config = pipeline_model.MODELS[model][0], pipeline_model.config(model)
+    if run.degrees.pp > 1:
+        # Once, in its first step, torch's pipeline makes sure that stages agree: 4 bytes.
+        train_step(run.state, run.batches(), 100, run.number)
+    batches = run.batches()
+    routed = Routed(run.model, spec.plan(config), run.mesh["ep"].get_group()) if run.degrees.ep > 1 else None
+    with Wire() as wire:
+        train_step(run.state, batches, 100, run.number)
+    copies = routed.copies() if routed else []
+    each, calls = run.number // run.degrees.dp, len(copies) // len(batches)
+    first = (run.mesh.rank("dp_replicate") * run.degrees.dp_shard + run.mesh.rank("dp_shard")) * each
+    account = step_traffic(
+        spec,
+        config,
+        degrees=run.degrees,
+        setup=run.setup,
+        adapters=run.adapters,
+        policy=RecomputeBlocks() if options.get("memory") == "full" else KeepAll(),
+        batches=[
+            Microbatch(
+                mask=collate([row]).mask,
+                tokens=batch.tokens.shape[1],
+                trained=int((batch.labels != IGNORE).sum()),
+                copies=copies[i * calls : (i + 1) * calls] if routed else None,
+            )
+            for i, (row, batch) in enumerate(zip(pipeline_model.rows(run.number)[first : first + each], batches))
+        ],
+        rank=dist.get_rank(),
+    )
+    return compared(wire, account)
+
+
+def counted_of(layouts):
+    pipeline_model.Mesh = cache(Mesh)  # one for all layouts of the same degrees
+    try:
+        return [counted(*layout) for layout in layouts]
+    finally:
+        pipeline_model.Mesh = Mesh
+
+
+@cache
+def measured(world):
+    """Of each layout, what `counted` returned on each rank."""
+    return list(zip(*ranks.run(world, counted_of, layouts_of(world)), strict=True))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_send_what_the_account_says(world):
+    for layout, parts in zip(layouts_of(world), measured(world), strict=True):
+        for rank, part in enumerate(parts):
+            for (kind, _), (axes, found, said) in part.items():
+                # How many messages a context scheme needs is its plan's affair, and tested there.
+                same = found == said or (axes == ("cp",) and kind == "send" and found.payload == said.payload)
+                assert same, (layout, rank, kind, axes, found, said)
+
+
+def test_the_table_in_the_docs_is_what_was_counted():
+    page = PAGE.read_text()
+    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
+    wanted = f"{before}{BEGIN}\n\n{_table()}\n{after}"
+    if os.environ.get("ZOO_WRITE_DOCS"):
+        PAGE.write_text(wanted)
+    else:
+        assert page == wanted, "docs/layout-traffic.md is old: run with ZOO_WRITE_DOCS=1"
+
+
+def _table():
+    lines = ["| layout | collective | group | messages | counted | formula | sent |", "|---|---|---|---|---|---|---|"]
+    for world in WORLDS:
+        for (model, degrees, options), parts in zip(layouts_of(world), measured(world), strict=True):
+            name = ", ".join([model, _named(degrees), *([_named(options)] if options else [])])
+            lines += [f"| {name if i == 0 else ''} | {row} |" for i, row in enumerate(_rows(parts[0]))]
+    return "\n".join(lines) + "\n"
+
+
+def _named(values):
+    return ", ".join(f"{key} {value}".lower() for key, value in values.items())
+
+
+def _rows(part):
+    """Of a rank; axes of the same ranks are one group."""
+    for (kind, group), (axes, found, said) in part.items():
+        wire = round(sent(kind, len(group), found.payload))
+        cells = kind, ", ".join(axes), *(f"{n:,}" for n in (found.messages, found.payload, said.payload, wire))
+        yield " | ".join(cells)
