@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
-from tests import pipeline_model
+from tests import layouts
 from tests.command import zoo
 from zoo.core.contracts import LayoutRequest, PipelineSetup
 from zoo.core.errors import UsageError
@@ -103,26 +103,26 @@ class OneRank:
 
 
 def names_of_rank(model, rank, size, schedule):
-    spec = pipeline_model.MODELS[model][0]
+    spec, config = layouts.MODELS[model][0], layouts.config(model, 4)
     with torch.device("meta"):
-        built = spec.build(pipeline_model.config(model))
+        built = spec.build(config)
     setup = SimpleNamespace(pipeline=PipelineSetup(schedule=schedule))
-    PipelineParallel().apply(built, spec.plan(pipeline_model.config(model)), OneRank(rank, size), setup)
+    PipelineParallel().apply(built, spec.plan(config), OneRank(rank, size), setup)
     return {name for name, _ in built.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    ("model", "schedule"), [(m, "1f1b") for m in pipeline_model.MODELS] + [("llama", "zbv"), ("llama-tied", "zbv")]
+    ("model", "schedule"), [(m, "1f1b") for m in layouts.MODELS] + [("llama", "zbv"), ("llama-tied", "zbv")]
 )
 def test_ranks_share_out_all_names_and_only_tied_ones_are_twice(model, schedule):
     held = [names_of_rank(model, rank, 2, schedule) for rank in range(2)]
-    assert set.union(*held) == set(dict(pipeline_model.source(model).named_parameters()))
-    twice = {"model.embed_tokens.weight"} if pipeline_model.config(model).tie_word_embeddings else set()
+    assert set.union(*held) == set(dict(layouts.source(model, 4).named_parameters()))
+    twice = {"model.embed_tokens.weight"} if layouts.config(model).tie_word_embeddings else set()
     assert set.intersection(*held) == (twice if schedule != "zbv" else set())
 
 
 def test_a_rank_without_attention_is_refused():
-    spec, config = pipeline_model.NAS, pipeline_model.config("nemotron-nas")
+    spec, config = layouts.NAS, layouts.config("nemotron-nas")
     with torch.device("meta"):
         built = spec.build(config)
     setup = SimpleNamespace(pipeline=PipelineSetup(schedule="1f1b"))
@@ -131,7 +131,7 @@ def test_a_rank_without_attention_is_refused():
 
 
 def test_attention_weighs_by_the_keys_it_sees():
-    spec, config = pipeline_model.LLAMA, pipeline_model.config("llama")
+    spec, config = layouts.LLAMA, layouts.config("llama", 4)
 
     def sizes(scores):
         with torch.device("meta"):
