@@ -29,9 +29,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tests.distributed import ranks
 from zoo.core import order, weights
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import IGNORE, AttentionBackend, MemoryPolicy, ParallelAdapter, Setup
+from zoo.core.errors import UsageError
 from zoo.core.job import Job, OptimSection, ScheduleSection
 from zoo.core.mesh import AXES, Degrees, Mesh
 from zoo.core.optim import build_optimizer, build_schedule
@@ -49,6 +51,8 @@ VOCAB, SEQ, EXPERTS = 24, 26, 8
 """26 tokens, and the 13 of a rank of cp 2, are no multiple of most tp here."""
 IDLE = (6, 7)
 """Experts that no token goes to when the router is biased."""
+TIMEOUT_S = 400
+"""For several models one after another, or several saved runs, on eight ranks of a busy machine."""
 TOLERANCE = 1e-9
 """Of a difference, as a share of the largest number in a tensor."""
 
@@ -121,7 +125,6 @@ _PER_RANK = {"interleaved": 2, "zbv": 2}
 _JOB = {
     "model.dtype": "float64",
     "data.seq": SEQ,
-    "layout.cp_scheme": "ring",
     "layout.dp_shard": 1,
     "attention.backend": "dense",
     "memory.policy": "none",
@@ -195,6 +198,8 @@ def settings(words):
     pp = said.get("layout.pp", 1)
     per_rank = said.get("layout.pp_virtual") or _PER_RANK.get(said.get("layout.pp_schedule"), 1)
     dp = said.get("layout.dp_replicate", 1) * said.get("layout.dp_shard", 1)
+    if said.get("layout.cp", 1) > 1:
+        said["layout.cp_scheme"] = "ring"
     return {"data.global_batch": dp * max(2, pp), "layers": 2 if pp == 1 else max(4, pp * per_rank)} | said
 
 
@@ -242,6 +247,15 @@ def choose(model, words=""):
         policy=decided.policy,
         rows=decided.global_batch,
     )
+
+
+def refusal(model, words):
+    """What zoo says of a layout before anything starts; None if it takes it."""
+    try:
+        choose(model, words)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 # On a rank ----------------------------------------------------------------------------------------
@@ -368,6 +382,16 @@ def differences(found, expected):
         if not gap <= scale * TOLERANCE:
             said.append(f"{name} is off by {gap.item():.2e} where the largest number is {scale.item():.2e}")
     return said
+
+
+def check(every, words):
+    """Models under a layout that zoo takes against one process each; on every rank the same, together everything."""
+    cases = [(chosen := choose(model, words), wanted(chosen)) for model in every]
+    answers = ranks.run(cases[0][0].degrees.world_size, compared, cases, timeout=TIMEOUT_S)
+    for model, (_, expected), *of_ranks in zip(every, cases, *answers, strict=True):
+        for rank, (found, _) in enumerate(of_ranks):
+            assert not found, (model, words, rank, found[:5])
+        assert set().union(*(names for _, names in of_ranks)) == expected.keys(), (model, words)
 
 
 def compared(cases, number=3):

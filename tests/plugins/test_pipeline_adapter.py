@@ -5,10 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from tests import layouts
 from tests.command import zoo
@@ -160,3 +169,46 @@ def test_a_refusal_is_one_line_of_the_command(tmp_path):
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
     assert set(SCHEDULES) == {"1f1b", "gpipe", "interleaved", "zero-bubble", "zbv"}
+
+
+TORCH = {
+    "1f1b": Schedule1F1B,
+    "gpipe": ScheduleGPipe,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+
+
+def torch_takes(schedule, pp, per_rank, microbatches):
+    """Whether torch's own schedule can be made for the first rank of `pp`."""
+    stages = pp * per_rank
+    places = {stage: stage % pp for stage in range(stages)}
+    mine = [
+        MagicMock(
+            spec=_PipelineStageBase,
+            stage_index=index,
+            num_stages=stages,
+            group_size=pp,
+            group_rank=0,
+            is_first=index == 0,
+            is_last=False,
+            has_backward=True,
+            stage_index_to_group_rank=places,
+            submod=torch.nn.Identity(),
+        )
+        for index in stages_of(0, pp, PipelineSetup(schedule=schedule, virtual=per_rank))
+    ]
+    try:
+        TORCH[schedule](mine[0] if schedule in ("1f1b", "gpipe") else mine, n_microbatches=microbatches)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_torch_takes_the_microbatches_that_are_not_refused_and_no_others(schedule):
+    per_rank = SCHEDULES[schedule].least_virtual
+    for pp, microbatches in itertools.product((2, 3, 4), range(1, 13)):
+        said = PipelineParallel().check(request(schedule, pp=pp, microbatches=microbatches))
+        assert torch_takes(schedule, pp, per_rank, microbatches) == (said is None), (pp, microbatches, said)
