@@ -300,6 +300,8 @@ class LayoutRequest:
     """Modules that the plan's `tensor` cuts, as globs, and how long the dim is that is cut; empty without `tp`."""
     sequence_parallel: bool = True
     """Whether `tp` also cuts what sees tokens one by one."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
     @property
     def problems(self) -> tuple[AttentionProblem, ...]:
@@ -324,6 +326,8 @@ class Setup:
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
     sequence_parallel: bool = True
     """Whether tensor parallelism cuts the residual on tokens."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
 
 class ParallelAdapter(Protocol):

@@ -227,6 +227,7 @@ def _request(job: Job, origin: Origin, config: Any, degrees: Degrees, global_bat
         experts=origin.spec.experts(config),
         widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
         sequence_parallel=job.layout.sequence_parallel,
+        overlap_tensor=job.layout.overlap_tensor,
         pipeline=_pipeline(job, origin.spec, config, global_batch // degrees.dp // job.data.micro_batch),
     )
 
@@ -280,6 +281,7 @@ def _setup(
         data_parallel=job.layout.data_parallel,
         reshard=job.layout.reshard,
         sequence_parallel=job.layout.sequence_parallel,
+        overlap_tensor=job.layout.overlap_tensor,
     )
 
 

@@ -27,6 +27,7 @@ from zoo.plugins.parallel.tensor_modules import (
     VocabularyEmbedding,
     VocabularyHead,
 )
+from zoo.plugins.parallel.tensor_overlap import OverlappingRanks
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class TensorParallel:
                 f"--tp {degree} with layout.sequence_parallel=false would send every token to its experts {degree} "
                 f"times; leave layout.sequence_parallel at true"
             )
+        if request.overlap_tensor and (request.problem.device != "cuda" or not request.sequence_parallel):
+            return (
+                "layout.overlap_tensor=true needs CUDA devices that reach each other's memory, and sequence "
+                "parallelism; type --set layout.overlap_tensor=false"
+            )
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
         if what is None:
             return None
@@ -71,7 +77,8 @@ class TensorParallel:
 
         Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
         """
-        ranks = TensorRanks(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
+        kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
+        ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():
