@@ -303,6 +303,8 @@ class LayoutRequest:
     """Whether `tp` also cuts what sees tokens one by one."""
     reshard: bool = True
     """Whether a block's weights are to be given up after its forward."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
     @property
     def problems(self) -> tuple[AttentionProblem, ...]:
@@ -327,6 +329,8 @@ class Setup:
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
     sequence_parallel: bool = True
     """Whether tensor parallelism cuts the residual on tokens."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
 
 class ParallelAdapter(Protocol):

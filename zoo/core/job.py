@@ -109,6 +109,8 @@ class LayoutSection:
     """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
     sequence_parallel: bool = True
     """With tp: norms and the residual are cut on tokens over its ranks."""
+    overlap_tensor: bool = False
+    """With tp on CUDA: matrix products go in pieces beside their messages, by torch's symmetric memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

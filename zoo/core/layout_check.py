@@ -44,6 +44,7 @@ _NEEDS = {
     "pp_schedule": ("pp", "the order of a pipeline's microbatches"),
     "pp_virtual": ("pp", "the stages of a pipeline's ranks"),
     "sequence_parallel": ("tp", "whether tensor-parallel ranks cut a row's tokens"),
+    "overlap_tensor": ("tp", "whether products of tensor-parallel ranks overlap their messages"),
 }
 """Settings that mean nothing where an axis has one rank, and what they say."""
 _PROCESS_BYTES = 200 * 2**20
@@ -162,6 +163,7 @@ class LayoutCase:
             experts=self.spec.experts(self.config),
             widths=self.widths if degrees.tp > 1 else (),
             sequence_parallel=job.layout.sequence_parallel,
+            overlap_tensor=job.layout.overlap_tensor,
             reshard=job.layout.reshard,
             pipeline=self._pipeline(job, degrees, microbatches),
         )
@@ -292,6 +294,7 @@ def _setup(
         reshard=job.layout.reshard,
         pipeline=pipeline,
         sequence_parallel=job.layout.sequence_parallel,
+        overlap_tensor=job.layout.overlap_tensor,
     )
 
 

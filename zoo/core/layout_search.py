@@ -25,6 +25,7 @@ _OTHERS = (
     "cp_balance",
     "cp_wire",
     "sequence_parallel",
+    "overlap_tensor",
     "reshard",
     "data_parallel",
 )

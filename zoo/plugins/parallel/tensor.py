@@ -27,6 +27,7 @@ from zoo.plugins.parallel.tensor_modules import (
     VocabularyEmbedding,
     VocabularyHead,
 )
+from zoo.plugins.parallel.tensor_overlap import OverlappingRanks
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
 from zoo.plugins.parallel.tensor_traffic import account_tensor
 
@@ -52,6 +53,10 @@ class TensorParallel:
             return f"--tp {degree} cuts matrices and the plan of {request.model} names none"
         if request.experts is not None and not request.sequence_parallel:
             return f"--tp {degree} with layout.sequence_parallel=false would send a token to its experts {degree} times"
+        if request.overlap_tensor and (request.problem.device != "cuda" or not request.sequence_parallel):
+            return (
+                "layout.overlap_tensor=true needs CUDA devices that reach each other's memory, and sequence parallelism"
+            )
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
         return what and f"--tp {degree} does not divide the {what} of {request.model}"
 
@@ -64,7 +69,8 @@ class TensorParallel:
 
         Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
         """
-        ranks = TensorRanks(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
+        kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
+        ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():

@@ -52,6 +52,14 @@ class TensorRanks:
         left: Tensor = way.apply(part, self.group)  # type: ignore[no-untyped-call]
         return left
 
+    def enter_linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        """A product of the whole row: h in the residual's layout, weight `[O, D]`, to `[B, T, O]`."""
+        return functional.linear(self.enter(h), weight)
+
+    def leave_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A product whose sum over ranks is wanted: x `[B, T, I]`, weight `[D, I]`, to the residual's layout."""
+        return self.leave(functional.linear(x, weight))
+
     def shared(self, parameter: Tensor) -> Tensor:
         """A parameter that every rank holds whole and applies to its part of the residual: gradients are summed."""
         if not self.sequence:
