@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tests import pipeline_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
 from zoo.core.contracts import BlockShape, LayoutRequest, PipelineSetup
@@ -176,7 +176,7 @@ def test_what_is_said_to_work_works_and_no_smaller_change_does(family, degrees, 
 @pytest.mark.parametrize("model", ["nemotron-nas", "llama", "mixtral"])
 @pytest.mark.parametrize("pp", [2, 3, 4])
 def test_a_pipeline_that_leaves_a_rank_without_a_seam_is_refused_and_no_other(model, pp):
-    spec, config = pipeline_model.MODELS[model][0], pipeline_model.config(model)
+    spec, config = layouts.MODELS[model][0], layouts.config(model, 4)
     blocks, last = block_shapes(meta_model(spec, config), spec.plan(config))
     pipeline = PipelineSetup(microbatches=pp, blocks=blocks, last_values=last)
     request = LayoutRequest(
@@ -201,15 +201,15 @@ def test_a_pipeline_that_leaves_a_rank_without_a_seam_is_refused_and_no_other(mo
 
 
 def test_what_a_block_is_said_to_be():
-    spec, config = pipeline_model.NAS, pipeline_model.config("nemotron-nas")
+    spec, config = layouts.NAS, layouts.config("nemotron-nas")
     blocks, last = block_shapes(meta_model(spec, config), spec.plan(config))
-    assert blocks[1] == BlockShape(matrix_values=3 * 16 * 24, seams=frozenset({"mlp"}))
-    assert last == pipeline_model.VOCAB * 16
+    assert blocks[1] == BlockShape(matrix_values=16 * 16 + 3 * 16 * 8, seams=frozenset({"mlp"}))
+    assert last == layouts.VOCAB * 16
 
 
-def held(model, degrees, choices):
+def held(chosen):
     """On a rank: bytes of weights, gradients and moments, as they are after a step."""
-    run = pipeline_model.Run(model, degrees, dtype="bfloat16", **choices)
+    run = layouts.Run(chosen)
     sizes = []
 
     def count(*_):
@@ -228,31 +228,25 @@ def local(tensor):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("model", "degrees", "choices"),
+    ("model", "words"),
     [
-        ("llama", {"dp_shard": 2, "tp": 2}, {}),
-        ("mixtral", {"dp_shard": 2, "cp": 2, "ep": 2}, {}),
-        ("llama", {"dp_replicate": 2, "dp_shard": 2}, {"data_parallel": "ddp"}),
-        ("llama", {"pp": 2, "dp_shard": 2}, {"data_parallel": "zero1"}),
+        ("llama", "dp_shard2 tp2"),
+        ("mixtral", "dp_shard2 cp2 ep2"),
+        ("llama", "dp_replicate2 dp_shard2 ddp"),
+        ("llama", "pp2 dp_shard2 zero1"),
     ],
 )
-def test_the_state_of_a_rank_is_what_is_said_of_it(model, degrees, choices):
+def test_the_state_of_a_rank_is_what_is_said_of_it(model, words):
     """But for weights as they are computed with, which are gone again, and gradients that stayed whole before."""
-    found = ranks.run(4, held, model, degrees, choices)
-    spec, config = pipeline_model.MODELS[model][0], pipeline_model.config(model)
+    chosen = layouts.choose(model, f"{words} bf16")
+    found = ranks.run(4, held, chosen)
+    spec, config = layouts.MODELS[model][0], chosen.config
     values = model_values(meta_model(spec, config), spec.plan(config))
-    _, case = known("llama3", "tiny", 1024)
     assert sum(values.total) == sum(p.numel() for p in meta_model(spec, config).parameters())
-    job = Job().replace("layout", **degrees, **choices).replace("model", name="any")
-    from_degrees = pipeline_model.Degrees(**degrees)
-    setup, adapters = case.applied(job, from_degrees)
-    setup = pipeline_model.Setup(
-        seq=16, context=None, dtype="bfloat16", master_dtype="float32", data_parallel=setup.data_parallel
-    )
-    whole = parts_whole(adapters, setup) - {"weights", "gradients" if choices == {"data_parallel": "zero1"} else ""}
-    said = state_bytes(values, from_degrees, setup, whole)
+    whole = parts_whole(chosen.adapters, chosen.setup) - {"weights", "gradients" if "zero1" in words else ""}
+    said = state_bytes(values, chosen.degrees, chosen.setup, whole)
     # The head is cheap beside blocks of so few tokens, so stages are not equal.
-    slack = 0.2 if degrees.get("pp") else 0.02
+    slack = 0.2 if "pp" in words else 0.02
     assert sum(found) / 4 == pytest.approx(said, rel=0.02)
     assert max(found) == pytest.approx(said, rel=slack)
 

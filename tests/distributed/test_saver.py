@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests import sparse_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.core import checkpoint
 from zoo.core.checkpoint import Checkpoints
@@ -19,9 +19,9 @@ from zoo.core.world import host_group
 pytestmark = pytest.mark.dist
 
 LAYOUTS = {
-    "fsdp-ep": ({"dp_shard": 2, "ep": 2}, {"data_parallel": "fsdp"}),
-    "zero1": ({"dp_replicate": 2}, {"data_parallel": "zero1"}),
-    "ddp": ({"dp_shard": 2}, {"data_parallel": "ddp"}),
+    "fsdp-ep": "dp_shard2 ep2",
+    "zero1": "dp_replicate2 zero1",
+    "ddp": "dp_shard2 ddp",
 }
 
 
@@ -45,30 +45,26 @@ def tensors(run):
     return {k: local(v) for k, v in checkpoint.tensors_of(run.state).items() if isinstance(v, torch.Tensor)}
 
 
-def step(run):
-    run.step(micro_batch=sparse_model.ROWS)
-
-
-def saved_while_stepping(folder, layouts):
+def saved_while_stepping(folder, chosen):
     """On a rank: under each layout, tensors, those that changed since the save, those saved wrong."""
     found, group = {}, host_group()
-    for name, (degrees, choices) in layouts.items():
-        run = sparse_model.Run(degrees, **choices)
-        step(run)
+    for name, choice in chosen.items():
+        run = layouts.Run(choice)
+        run.step()
         before = {k: v.clone() for k, v in tensors(run).items()}
         checkpoints = Gated(folder / name)
         saver = Saver(checkpoints, group)
         for again in range(2):
             saver.start(run.state, {"step": run.state.step}, dict)
             assert saver.ended() == []
-            step(run)
-            step(run)
+            run.step()
+            run.step()
             after = tensors(run)
             changed = [k for k in before if not torch.equal(before[k], after[k])]
             checkpoints.gate.set()
             (ended,) = saver.wait()
             assert ended.path == folder / name / "checkpoints" / f"step-{ended.step}"
-            other = sparse_model.Run(degrees, biased=True, **choices)
+            other = layouts.Run(choice, start=layouts.source("mixtral-biased"))
             checkpoint.load(other.state, ended.path)
             read = tensors(other)
             assert read.keys() == before.keys()
@@ -82,18 +78,19 @@ def saved_while_stepping(folder, layouts):
 
 
 def test_a_save_is_of_its_step_whatever_the_next_ones_change(tmp_path):
-    for answer in ranks.run(2, saved_while_stepping, tmp_path, LAYOUTS):
+    chosen = {name: layouts.choose("mixtral", words) for name, words in LAYOUTS.items()}
+    for answer in ranks.run(2, saved_while_stepping, tmp_path, chosen):
         assert len(answer) == 2 * len(LAYOUTS)
         for where, (count, changed, wrong) in answer.items():
             assert wrong == [], where
             assert changed == count > 0, where
 
 
-def saved_in_the_way(folder, blocked):
+def saved_in_the_way(chosen, folder, blocked):
     """On a rank: how the saves of two steps end, the first of which finds a file where it would write."""
-    run, group = sparse_model.Run({"dp_shard": 2}, data_parallel="fsdp"), host_group()
+    run, group = layouts.Run(chosen), host_group()
     saver = Saver(Checkpoints(folder, keep=2), group)
-    step(run)
+    run.step()
     saver.start(run.state, {"step": run.state.step}, dict)
     # Twice at once: refused, whichever save it is.
     for another in (saver.start, saver.write):
@@ -103,7 +100,7 @@ def saved_in_the_way(folder, blocked):
     dist.barrier()
     if dist.get_rank() == 0:
         blocked.unlink()
-    step(run)
+    run.step()
     ended.append(saver.write(run.state, {"step": run.state.step}, dict))
     saver.close()
     dist.destroy_process_group(group)
@@ -114,7 +111,7 @@ def test_every_rank_hears_of_a_failure_and_saves_again(tmp_path):
     blocked = tmp_path / "checkpoints" / ".unfinished-step-1"
     blocked.parent.mkdir()
     blocked.touch()
-    for first, second in ranks.run(2, saved_in_the_way, tmp_path, blocked):
+    for first, second in ranks.run(2, saved_in_the_way, layouts.choose("mixtral", "dp_shard2"), tmp_path, blocked):
         assert first[:2] == (1, None)
         assert f"saving {tmp_path}/checkpoints/step-1 failed: File exists" in first[2]
         assert second == (2, tmp_path / "checkpoints" / "step-2", None)
