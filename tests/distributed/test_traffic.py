@@ -12,87 +12,87 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from tests import pipeline_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.core.batch import collate
 from zoo.core.contracts import IGNORE
-from zoo.core.mesh import Mesh
 from zoo.core.step import train_step
 from zoo.core.traffic import Microbatch, sent, step_traffic
-from zoo.plugins.memory.policies import KeepAll, RecomputeBlocks
 from zoo.testing.traffic import Routed, Wire, compared
 
 pytestmark = pytest.mark.dist
 
 PAGE = Path(__file__).parents[2] / "docs" / "layout-traffic.md"
 BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
-ZERO1, DDP = {"data_parallel": "zero1"}, {"data_parallel": "ddp"}
 LAYOUTS = [
-    ("llama", {"dp_shard": 2}, {}),
-    ("llama", {"dp_shard": 2}, {"reshard": False, "dtype": "bfloat16"}),
-    ("llama-tied", {"dp_shard": 2}, ZERO1),
-    ("nemotron", {"dp_replicate": 2}, DDP),
-    ("nemotron", {"tp": 2}, {"number": 2}),
-    ("llama-tied", {"tp": 2}, {"number": 2, "sequence_parallel": False, "memory": "full"}),
-    ("nemotron-nas", {"tp": 2}, {"number": 2, "memory": "full", "dtype": "bfloat16"}),
-    ("llama", {"cp": 2}, {"number": 2, "memory": "full"}),
-    ("llama-tied", {"pp": 2}, {"number": 4}),
-    ("mixtral-aux", {"pp": 2}, {"number": 2, "schedule": "interleaved"}),
-    ("mixtral", {"dp_shard": 2, "ep": 2}, {"number": 4, "memory": "full"}),
-    ("llama", {"cp": 3}, {"number": 1}),
-    ("llama-tied", {"dp_replicate": 2, "dp_shard": 2}, {}),
-    ("nemotron", {"dp_shard": 2, "tp": 2}, {"number": 4}),
-    ("llama-tied", {"dp_replicate": 2, "tp": 2}, {"number": 4, **ZERO1}),
-    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "1f1b"}),
-    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "gpipe", "reshard": False}),
-    ("llama", {"pp": 2, "dp_shard": 2}, {"number": 4, "schedule": "interleaved"}),
-    ("llama-tied", {"pp": 2, "dp_shard": 2}, {"schedule": "interleaved", **ZERO1}),
-    ("llama", {"pp": 2, "dp_shard": 2}, {"schedule": "zero-bubble", **DDP}),
-    ("llama", {"pp": 2, "tp": 2}, {"number": 4, "schedule": "zbv"}),
-    ("mixtral", {"dp_shard": 2, "cp": 2, "ep": 2}, {"number": 4, **ZERO1}),
-    ("mixtral-aux", {"cp": 2, "tp": 2, "ep": 2}, {"number": 2}),
-    ("nemotron", {"pp": 2, "cp": 2, "tp": 2}, {"number": 4}),
-    ("mixtral", {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 2}, {"number": 4, "schedule": "interleaved"}),
-    ("mixtral-aux", {"dp_replicate": 2, "dp_shard": 2, "cp": 2, "ep": 4}, DDP),
-    ("llama", {"pp": 4, "dp_replicate": 2}, {}),
+    ("llama", "dp_shard2"),
+    ("llama", "dp_shard2 keep bf16"),
+    ("llama-tied", "dp_shard2 zero1"),
+    ("nemotron", "dp_replicate2 ddp"),
+    ("nemotron", "tp2 rows2"),
+    ("llama-tied", "tp2 rows2 no-sp recompute"),
+    ("nemotron-nas", "tp2 rows2 recompute bf16"),
+    ("llama", "cp2 rows2 recompute"),
+    ("llama-tied", "pp2 rows4"),
+    ("mixtral", "pp2 interleaved rows2"),
+    ("mixtral-plain", "dp_shard2 ep2 rows4 recompute"),
+    ("llama", "cp3 rows1"),
+    ("llama-tied", "dp_replicate2 dp_shard2"),
+    ("nemotron", "dp_shard2 tp2 rows4"),
+    ("llama-tied", "dp_replicate2 tp2 zero1 rows4"),
+    ("llama", "pp2 dp_shard2 1f1b rows8"),
+    ("llama", "pp2 dp_shard2 gpipe keep rows8"),
+    ("llama", "pp2 dp_shard2 interleaved rows4"),
+    ("llama-tied", "pp2 dp_shard2 interleaved zero1 rows8"),
+    ("llama", "pp2 dp_shard2 zero-bubble ddp rows8"),
+    ("llama", "pp2 tp2 zbv rows4"),
+    ("mixtral-plain", "dp_shard2 cp2 ep2 zero1 rows4"),
+    ("mixtral", "cp2 tp2 ep2 rows2"),
+    ("nemotron", "pp2 cp2 tp2 rows4"),
+    ("mixtral-plain", "pp2 dp_shard2 cp2 ep2 interleaved rows4"),
+    ("mixtral", "dp_replicate2 dp_shard2 cp2 ep4 ddp"),
+    ("llama", "pp4 dp_replicate2 rows8"),
 ]
+"""Models and layouts in the words of tests/layouts.py."""
 
 
-def world_of(degrees):
-    return torch.tensor([size for axis, size in degrees.items() if axis != "ep"]).prod().item()
+@cache
+def by_world():
+    """Ranks, to the layouts that need so many."""
+    found = {}
+    for model, words in LAYOUTS:
+        chosen = layouts.choose(model, words)
+        found.setdefault(chosen.degrees.world_size, []).append((f"{model} {words}", chosen))
+    return dict(sorted(found.items()))
 
 
-WORLDS = sorted({world_of(degrees) for _, degrees, _ in LAYOUTS})
+WORLDS = (2, 3, 4, 8)
 
 
-def layouts_of(world):
-    return [layout for layout in LAYOUTS if world_of(layout[1]) == world]
-
-
-def counted(model, degrees, options):
+def counted(chosen):
     """On a rank: `compared` of a step."""
-    run = pipeline_model.Run(model, degrees, **options)
-    spec, config = pipeline_model.MODELS[model][0], pipeline_model.config(model)
-    if run.degrees.pp > 1:
+    run, degrees = layouts.Run(chosen), chosen.degrees
+    spec, config = layouts.MODELS[chosen.model][0], chosen.config
+    if degrees.pp > 1:
         # Once, in its first step, torch's pipeline makes sure that stages agree: 4 bytes.
-        train_step(run.state, run.batches(), 100, run.number)
+        run.update()
     batches = run.batches()
-    routed = Routed(run.model, spec.plan(config), run.mesh["ep"].get_group()) if run.degrees.ep > 1 else None
+    routed = Routed(run.model, spec.plan(config), run.mesh["ep"].get_group()) if degrees.ep > 1 else None
     with Wire() as wire:
-        train_step(run.state, batches, 100, run.number)
+        train_step(run.state, batches, 100, chosen.rows)
     copies = routed.copies() if routed else []
-    each, calls = run.number // run.degrees.dp, len(copies) // len(batches)
-    first = (run.mesh.rank("dp_replicate") * run.degrees.dp_shard + run.mesh.rank("dp_shard")) * each
+    each, calls = chosen.rows // degrees.dp, len(copies) // len(batches)
+    first = (run.mesh.rank("dp_replicate") * degrees.dp_shard + run.mesh.rank("dp_shard")) * each
+    mine = layouts.rows(chosen.rows, chosen.setup.seq)[first : first + each]
     account = step_traffic(
         spec,
         config,
-        degrees=run.degrees,
+        degrees=degrees,
         setup=run.setup,
         adapters=run.adapters,
-        policy=RecomputeBlocks() if options.get("memory") == "full" else KeepAll(),
+        policy=chosen.policy,
         batches=[
             Microbatch(
                 mask=collate([row]).mask,
@@ -100,30 +100,31 @@ def counted(model, degrees, options):
                 trained=int((batch.labels != IGNORE).sum()),
                 copies=copies[i * calls : (i + 1) * calls] if routed else None,
             )
-            for i, (row, batch) in enumerate(zip(pipeline_model.rows(run.number)[first : first + each], batches))
+            for i, (row, batch) in enumerate(zip(mine, batches, strict=True))
         ],
         rank=dist.get_rank(),
     )
     return compared(wire, account)
 
 
-def counted_of(layouts):
-    pipeline_model.Mesh = cache(Mesh)  # one for all layouts of the same degrees
-    try:
-        return [counted(*layout) for layout in layouts]
-    finally:
-        pipeline_model.Mesh = Mesh
+def counted_of(every):
+    return [counted(chosen) for chosen in every]
 
 
 @cache
 def measured(world):
     """Of each layout, what `counted` returned on each rank."""
-    return list(zip(*ranks.run(world, counted_of, layouts_of(world)), strict=True))
+    every = [chosen for _, chosen in by_world()[world]]
+    return list(zip(*ranks.run(world, counted_of, every, timeout=layouts.TIMEOUT_S), strict=True))
+
+
+def test_every_layout_is_counted():
+    assert tuple(by_world()) == WORLDS
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_send_what_the_account_says(world):
-    for layout, parts in zip(layouts_of(world), measured(world), strict=True):
+    for (layout, _), parts in zip(by_world()[world], measured(world), strict=True):
         for rank, part in enumerate(parts):
             for (kind, _), (axes, found, said) in part.items():
                 # How many messages a context scheme needs is its plan's affair, and tested there.
@@ -144,14 +145,9 @@ def test_the_table_in_the_docs_is_what_was_counted():
 def _table():
     lines = ["| layout | collective | group | messages | counted | formula | sent |", "|---|---|---|---|---|---|---|"]
     for world in WORLDS:
-        for (model, degrees, options), parts in zip(layouts_of(world), measured(world), strict=True):
-            name = ", ".join([model, _named(degrees), *([_named(options)] if options else [])])
+        for (name, _), parts in zip(by_world()[world], measured(world), strict=True):
             lines += [f"| {name if i == 0 else ''} | {row} |" for i, row in enumerate(_rows(parts[0]))]
     return "\n".join(lines) + "\n"
-
-
-def _named(values):
-    return ", ".join(f"{key} {value}".lower() for key, value in values.items())
 
 
 def _rows(part):
