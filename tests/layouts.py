@@ -315,11 +315,11 @@ class Run:
                 dist.all_reduce(part)
         return {**parts, "grad_norm": result.grad_norm}
 
-    def steps(self, number=3):
+    def steps(self, number=3, *, micro_batch=1):
         """Numbers of some steps, then weights and moments as this rank holds them."""
         found = {}
         for step in range(self.state.step + 1, self.state.step + 1 + number):
-            found |= {f"{step}.{name}": value for name, value in self.step().items()}
+            found |= {f"{step}.{name}": value for name, value in self.step(micro_batch).items()}
         return found | self.parts()
 
     def gradients(self):

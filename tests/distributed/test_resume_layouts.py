@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from functools import cache
 
 import numpy as np
@@ -28,75 +27,67 @@ pytestmark = pytest.mark.dist
 LAYOUTS = (
     "",
     "dp_shard2 ddp",
-    "pp2 zbv",
+    "pp2 zero-bubble",
     "tp4",
     "dp_replicate2 dp_shard2 ep2",
     "dp_shard2 cp2 ep4 zero1",
-    "pp2 tp2 interleaved",
+    "pp2 tp2",
     "pp2 cp2 tp2 ep2",
 )
-"""Of a Mixtral; the others have no `ep`."""
-MODEL = "rows4 layers4"
+"""Of a Mixtral of two layers, with four rows a step."""
+TIED = ("", "pp2 zbv", "tp4", "dp_shard2 cp2 zero1", "pp2 tp2 interleaved")
+"""Of a Llama of four layers whose embedding and head are one tensor."""
 
 
-def folder_of(root, chosen, words):
-    return root / f"{chosen.model}-{LAYOUTS.index(words)}"
+def saved(folder, chosen):
+    """On a rank: a run of one step, saved."""
+    run = layouts.Run(chosen)
+    run.step(micro_batch=2)
+    Checkpoints(folder, keep=1).save(run.state, {"step": run.state.step}, {})
 
 
-def choose(model, words):
-    """The run of a model under one of the layouts, by its words."""
-    wanted = words if model.startswith("mixtral") else re.sub(r"\bep\d", "", words)
-    return layouts.choose(model, f"{wanted} {MODEL}")
-
-
-def saved(root, cases):
-    """On a rank: a run of one step under each layout, saved."""
-    for words, chosen in cases:
-        run = layouts.Run(chosen)
-        run.step()
-        Checkpoints(folder_of(root, chosen, words), keep=1).save(run.state, {"step": run.state.step}, {})
-
-
-def resumed(root, chosen, every, wanted):
-    """On a rank: two steps more of saved runs under a layout, and what differs from what is wanted."""
+def resumed(folders, chosen, wanted):
+    """On a rank: two steps more of saved runs under a layout; of each what differs from what is wanted, and names."""
     run = layouts.Run(chosen)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.zero_()
-    result = {}
-    for before in every:
-        checkpoint.load(run.state, folder_of(root, chosen, before) / "checkpoints" / "step-1")
-        found = run.steps(2)
+    result = []
+    for folder in folders:
+        checkpoint.load(run.state, folder / "checkpoints" / "step-1")
+        found = run.steps(2, micro_batch=2)
         assert run.state.step == 3
-        result[before] = layouts.differences(found, wanted), sorted(found)
+        result.append((layouts.differences(found, wanted), sorted(found)))
     return result
 
 
-def check(root, model, pairs):
-    """Each layout goes on with what was saved under some, as the uninterrupted single process does."""
-    every = sorted(((words, choose(model, words)) for words in LAYOUTS), key=lambda case: case[1].degrees.world_size)
-    for world, cases in itertools.groupby(every, key=lambda case: case[1].degrees.world_size):
-        ranks.run(world, saved, root, list(cases), timeout=layouts.TIMEOUT_S)
-    wanted = layouts.wanted(choose(model, ""))
+def check(root, model, more, pairs):
+    """Of each pair, the second goes on with what was saved under the first, as the single process does."""
+    every = {words: layouts.choose(model, f"{words} {more}") for pair in pairs for words in pair}
+    folders = {words: root / str(number) for number, words in enumerate(every)}
+    every = dict(sorted(every.items(), key=lambda item: item[1].degrees.world_size))
+    for words, chosen in every.items():
+        ranks.run(chosen.degrees.world_size, saved, folders[words], chosen, timeout=layouts.TIMEOUT_S)
+    wanted = layouts.wanted(every[""])
     continued = {name for name in wanted if not name.startswith("1.")}
-    for words, chosen in every:
+    for words, chosen in every.items():
         befores = [before for before, after in pairs if after == words]
-        world = chosen.degrees.world_size
-        answers = ranks.run(world, resumed, root, chosen, befores, wanted, timeout=layouts.TIMEOUT_S)
-        for before in befores:
-            for differences, _ in (answer[before] for answer in answers):
+        asked = [folders[before] for before in befores], chosen, wanted
+        answers = ranks.run(chosen.degrees.world_size, resumed, *asked, timeout=layouts.TIMEOUT_S)
+        for before, *of_ranks in zip(befores, *answers, strict=True):
+            for differences, _ in of_ranks:
                 assert not differences, (before, words, differences[:5])
-            assert set().union(*(answer[before][1] for answer in answers)) == continued, (before, words)
+            assert set().union(*(names for _, names in of_ranks)) == continued, (before, words)
 
 
 def test_every_layout_resumes_every_other(tmp_path):
     pairs = list(itertools.product(LAYOUTS, LAYOUTS))
     assert len(pairs) == 64
-    check(tmp_path, "mixtral", pairs)
+    check(tmp_path, "mixtral-plain", "rows4 layers2", pairs)
 
 
 def test_tied_embeddings_resume_under_the_next_layout(tmp_path):
-    check(tmp_path, "llama-tied", list(itertools.pairwise((*LAYOUTS, LAYOUTS[0]))))
+    check(tmp_path, "llama-tied", "rows4 layers4", list(itertools.pairwise((*TIED, TIED[0]))))
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -177,14 +168,14 @@ def logged(chosen, micro_batch):
 
 @cache
 def logged_alone():
-    return ranks.run(1, logged, layouts.choose("mixtral-plain", "rows8 layers4"), 1)[0]
+    return ranks.run(1, logged, layouts.choose("mixtral-plain", "rows8 layers2"), 1)[0]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_is_logged_does_not_depend_on_ranks_or_microbatches(data):
     words = data.draw(st.sampled_from(LAYOUTS), label="layout")
-    chosen = layouts.choose("mixtral-plain", f"{words} rows8 layers4")
+    chosen = layouts.choose("mixtral-plain", f"{words} rows8 layers2")
     each, least = 8 // chosen.degrees.dp, chosen.degrees.pp
     micro_batch = data.draw(st.sampled_from([n for n in (1, 2, 4, 8) if each // n >= least]), label="rows a microbatch")
     for answer in ranks.run(chosen.degrees.world_size, logged, chosen, micro_batch):
