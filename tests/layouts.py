@@ -5,9 +5,10 @@
     run.step()
 
 Words are a degree of an axis (`dp_shard2`), a kind of data parallelism (`zero1`), a pipeline schedule (`zbv`), a
-context scheme (`ring` if not said), or one of `WORDS`. No words are one process, the oracle. `rows8` are the rows of a step: if not said, two microbatches of a
-row on a rank, or as many as a pipeline has ranks. `layers8` are the blocks: two, or four in a pipeline, or one a
-stage. Llama has biases, tied Llama none; gains and biases are drawn as weights are.
+context scheme (`ring` if not said), or one of `WORDS`. No words are one process, the oracle. `rows8` are the rows of a
+step: if not said, two microbatches of a row on a rank, or as many as a pipeline has ranks. `layers8` are the blocks:
+two, or four in a pipeline, or one a stage. Llama has biases, tied Llama none; gains and biases are drawn as weights
+are.
 """
 
 from __future__ import annotations
