@@ -98,7 +98,7 @@ MATRIX = (
 
 def verdict(model, words):
     """`yes` if a model runs under a layout, `refused` if it cannot, `-` if it could and is left out."""
-    if model == "nemotron-nas" and re.search("pp[48]|virtual|interleaved|zbv", words):
+    if model == "nemotron-nas" and re.search("pp[48]|virtual|interleaved", words):
         # A rank without any attention.
         return "refused"
     if layouts.refusal(model, words) is not None:
