@@ -4,10 +4,11 @@
     run = Run(chosen)                                   # on each of `chosen.degrees.world_size` ranks
     run.step()
 
-Words are a degree of an axis (`dp_shard2`), a kind of data parallelism (`zero1`), a pipeline schedule (`zbv`), or one
-of `WORDS`. No words are one process, the oracle. `rows8` are the rows of a step: if not said, two microbatches of a
-row on a rank, or as many as a pipeline has ranks. `layers8` are the blocks: two, or four in a pipeline, or one a
-stage. Llama has biases, tied Llama none; gains and biases are drawn as weights are.
+Words are a degree of an axis (`dp_shard2`), a kind of data parallelism (`zero1`), a pipeline schedule (`zbv`), a
+context scheme (`ring` if not said), or one of `WORDS`. No words are one process, the oracle. `rows8` are the rows of a
+step: if not said, two microbatches of a row on a rank, or as many as a pipeline has ranks. `layers8` are the blocks:
+two, or four in a pipeline, or one a stage. Llama has biases, tied Llama none; gains and biases are drawn as weights
+are.
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ MODELS = {
     "mixtral": (MIXTRAL, _SIZES | _BALANCED),
     "mixtral-plain": (MIXTRAL, _SIZES | _PLAIN),
     "mixtral-biased": (MIXTRAL, _SIZES | _BALANCED),
+    "mixtral-window": (MIXTRAL, _SIZES | _BALANCED | {"sliding_window": 7}),
 }
 """Mixtral is trained on its auxiliary loss too, but for `mixtral-plain`."""
 
+_SCHEMES = ("allgather", "halo", "hybrid", "ulysses")
 _KINDS = ("fsdp", "zero1", "ddp")
 _SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")
 WORDS = {
@@ -110,6 +113,7 @@ WORDS = {
     "no-sp": {"layout.sequence_parallel": False},
     "recompute": {"memory.policy": "full"},
     "bf16": {"model.dtype": "bfloat16"},
+    **{word: {"layout.cp_scheme": word} for word in _SCHEMES},
     **{word: {"layout.data_parallel": word} for word in _KINDS},
     **{word: {"layout.pp_schedule": word} for word in _SCHEDULES},
 }
@@ -199,7 +203,7 @@ def settings(words):
     per_rank = said.get("layout.pp_virtual") or _PER_RANK.get(said.get("layout.pp_schedule"), 1)
     dp = said.get("layout.dp_replicate", 1) * said.get("layout.dp_shard", 1)
     if said.get("layout.cp", 1) > 1:
-        said["layout.cp_scheme"] = "ring"
+        said.setdefault("layout.cp_scheme", "ring")
     return {"data.global_batch": dp * max(2, pp), "layers": 2 if pp == 1 else max(4, pp * per_rank)} | said
 
 

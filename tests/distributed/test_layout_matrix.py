@@ -43,7 +43,7 @@ MATRIX = (
     "dp_replicate2 dp_shard2",
     "dp_replicate2 dp_shard2 ep2 ddp recompute",
     "dp_replicate2 cp2 recompute",
-    "dp_replicate2 cp2 ep2",
+    "dp_replicate2 cp2 ep2 ulysses",
     "dp_shard4",
     "dp_shard4 ep4",
     "dp_shard2 cp2 keep",
@@ -53,7 +53,7 @@ MATRIX = (
     "tp4",
     "tp4 no-sp",
     "tp2 cp2 recompute",
-    "tp2 cp2 no-sp",
+    "tp2 cp2 no-sp ulysses",
     "tp2 cp2 ep2",
     "tp2 dp_shard2 zero1",
     "tp2 dp_shard2 ddp no-sp",
@@ -61,7 +61,7 @@ MATRIX = (
     "pp4",
     "pp4 gpipe rows2",
     "pp4 zero-bubble",
-    "pp2 cp2",
+    "pp2 cp2 allgather",
     "pp2 cp2 ep2 interleaved",
     "pp2 cp2 zbv recompute",
     "pp2 tp2",
@@ -98,7 +98,7 @@ MATRIX = (
 
 def verdict(model, words):
     """`yes` if a model runs under a layout, `refused` if it cannot, `-` if it could and is left out."""
-    if model == "nemotron-nas" and re.search("pp[48]|virtual|interleaved|zbv", words):
+    if model == "nemotron-nas" and re.search("pp[48]|virtual|interleaved", words):
         # A rank without any attention.
         return "refused"
     if layouts.refusal(model, words) is not None:
@@ -117,9 +117,20 @@ def test_every_layout_equals_one_process(words):
     layouts.check(models(words), words)
 
 
-@pytest.mark.parametrize("words", ["dp_shard2 cp2 ep2", "pp2 cp2 ep2", "tp2 ep2 dp_shard2"])
-def test_experts_without_an_auxiliary_loss_equal_one_process(words):
-    layouts.check(["mixtral-plain"], words)
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("mixtral-plain", "dp_shard2 cp2 ep2"),
+        ("mixtral-plain", "pp2 cp2 ep2"),
+        ("mixtral-plain", "tp2 dp_shard2 ep2"),
+        ("mixtral-window", "pp2 cp2 halo"),
+        ("mixtral-window", "tp2 cp2 halo"),
+        ("llama", "tp2 dp_shard3"),
+        ("llama-tied", "tp2 cp3"),
+    ],
+)
+def test_no_auxiliary_loss_a_sliding_window_and_odd_degrees_equal_one_process(model, words):
+    layouts.check([model], words)
 
 
 def test_the_biased_router_leaves_experts_empty_and_the_others_uneven():
