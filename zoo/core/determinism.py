@@ -22,14 +22,15 @@ def determinism(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    chooses, fills = torch.backends.cudnn.benchmark, torch_deterministic.fill_uninitialized_memory
+    chooses = torch.backends.cudnn.benchmark
+    fills: bool = torch_deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     # It finds reads of what was never written, which is a matter of tests, and costs a write of every buffer.
-    torch_deterministic.fill_uninitialized_memory = False
+    torch_deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = chooses
-        torch_deterministic.fill_uninitialized_memory = fills
+        torch_deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
