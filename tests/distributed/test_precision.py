@@ -3,6 +3,9 @@ the same run twice is the same bit for bit."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import pipeline_model
 from tests.distributed import ranks
+from zoo.cli.main import main
+from zoo.core import train as train_module
+from zoo.core.contracts import AttentionProblem
+from zoo.core.determinism import determinism
+from zoo.plugins.attention.sdpa_cuda import Cudnn
 
 REDUCES = ("_reduce_scatter_base_", "allreduce_", "reduce_scatter_", "reduce_")
 
@@ -68,3 +76,59 @@ def test_weights_travel_in_bfloat16_and_gradients_add_up_in_float32(model, degre
     if "tp" in degrees:
         shared = {dtype for op, peers, dtype, n in seen if peers == meshes["tp"] and op == "allreduce_" and n > 1}
         assert shared - {"torch.int64"} == {"torch.float32"}
+
+
+def twice(model, degrees, options):
+    """On a rank: whether two runs of two steps under deterministic algorithms have the same bits, and what they had."""
+    with determinism(True):
+        one, two = (pipeline_model.two_steps(model, degrees, dtype="bfloat16", **options) for _ in range(2))
+    return [name for name in one if not torch.equal(one[name], two[name])], len(one)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("world", "model", "degrees", "options"),
+    [
+        (1, "llama", {}, {}),
+        (4, "llama-tied", {"pp": 2, "tp": 2}, {"schedule": "zbv", "memory": "full"}),
+        (4, "mixtral-aux", {"dp_shard": 2, "cp": 2, "ep": 4}, {"data_parallel": "zero1"}),
+        (4, "nemotron", {"dp_replicate": 2, "tp": 2}, {"data_parallel": "ddp"}),
+    ],
+)
+def test_the_same_run_twice_has_the_same_bits(world, model, degrees, options):
+    for differing, number in ranks.run(world, twice, model, degrees, options):
+        assert differing == []
+        assert number > 10
+
+
+def test_the_mode_is_on_inside_and_off_again_after(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with determinism(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with determinism(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_computes_as_it_was_asked_to(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seen = []
+    step = train_module.train_step
+    monkeypatch.setattr(
+        train_module,
+        "train_step",
+        lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args),
+    )
+    words = ["finetune", "llama3", "--steps", "1", "--seq", "64", "--out", str(tmp_path / "run")]
+    assert main([*words, *(["--deterministic"] if asked else [])]) == 0
+    assert seen == [asked]
+    assert f"deterministic: {str(asked).lower()}" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_kernel_without_a_fixed_order_says_so():
+    problem = AttentionProblem(device="cuda", dtype="bfloat16", head_dim=128, num_heads=32, num_kv_heads=8)
+    assert Cudnn().supports(problem) is None
+    assert "--deterministic" in Cudnn().supports(replace(problem, deterministic=True))

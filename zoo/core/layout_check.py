@@ -76,6 +76,7 @@ class LayoutCase:
     spec: ModelSpec
     config: Any
     dtype: str
+    deterministic: bool = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -177,6 +178,7 @@ class LayoutCase:
             head_dim=most.head_dim,
             num_heads=most.num_heads,
             num_kv_heads=most.num_kv_heads,
+            deterministic=self.deterministic,
         )
 
     def _pipeline(self, job: Job, degrees: Degrees, microbatches: int) -> PipelineSetup:

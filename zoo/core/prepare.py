@@ -118,6 +118,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         spec=origin.spec,
         config=config,
         dtype=dtype,
+        deterministic=job.model.deterministic,
     )
     job, why_degrees = with_degrees(job, case) if job.layout.degrees == "auto" else (job, ())
     agreed = case.agreed(job)
