@@ -60,6 +60,7 @@ def test_a_script_passes_bash_and_says_what_it_was_asked_for(zoo):
     } <= set(directives)
     assert "job=(finetune llama3 --data stdlib --cp 8)" in script
     assert "--nnodes=2 --nproc-per-node=8" in script
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
 
 
 def pretend(folder, name, text, interpreter="/bin/bash"):
@@ -203,6 +204,7 @@ def test_a_manifest_has_what_the_operator_requires(zoo):
     check_schema(manifest)
     (container,) = at([manifest], "spec.pytorchReplicaSpecs.Worker.template.spec.containers.*")
     assert container["args"] == ["-m", "zoo", *JOB]
+    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert at([manifest], "spec.pytorchReplicaSpecs.Worker.replicas") == [3]
     assert at([manifest], "spec.pytorchReplicaSpecs.Worker.template.spec.volumes.*")[1] == {

@@ -36,7 +36,7 @@ class Host:
     names: str
     processes: list = field(default_factory=list)
 
-    def start(self, *words, log):
+    def start(self, *words, log, **env):
         """A process on this host, the first of a session of its own; stdout and stderr go to a file."""
         inside = ["ip", "netns", "exec", self.space, "unshare", "--mount", "--uts", "sh", "-c", ENTER, "sh"]
         outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -45,7 +45,7 @@ class Host:
                 [*inside, self.names, self.name, *map(str, words)],
                 stdout=file,
                 stderr=file,
-                env=outer,
+                env=outer | env,
                 start_new_session=True,
             )
         self.processes.append(process)

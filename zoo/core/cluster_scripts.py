@@ -10,6 +10,8 @@ from typing import Any
 
 from zoo.core.errors import SavedOnSignal, UsageError
 
+_JOIN_LATER = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""With 1, torchrun says where ranks meet each time it starts them. Without, a host that joins later never learns it."""
 _WARNING_S = 120
 """How long before its end Slurm warns a job; Kubernetes waits as long after SIGTERM."""
 _DIRECTIVE = re.compile(r"[a-z][a-z0-9-]*(=[\w:.,/%@+*\[\]()|&-]+)?")
@@ -55,6 +57,7 @@ def slurm_script(job: ClusterJob, directives: Mapping[str, str | None]) -> str:
         restarts=job.max_restarts,
         saved=SavedOnSignal.exit_code,
         warning=_WARNING_S,
+        join_later=_JOIN_LATER,
     )
 
 
@@ -77,7 +80,10 @@ def pytorch_job(
         "image": image,
         "command": ["torchrun"],
         "args": [_unexpanded(word) for word in ("-m", "zoo", *job.words)],
-        "env": [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(_WARNING_S - 10)}],
+        "env": [
+            {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(_WARNING_S - 10)},
+            {"name": _JOIN_LATER, "value": "1"},
+        ],
         "resources": {"limits": {"nvidia.com/gpu": job.gpus_per_node}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *mounts],
     }
@@ -125,6 +131,7 @@ job=({words})
 
 # What runs once on each node. torchrun keeps USR1 from its ranks and cannot return their {saved}: this shell does both.
 run_node() {{
+    export {join_later}=1
     export ZOO_STATUS_FILE="${{TMPDIR:-/tmp}}/zoo-$SLURM_JOB_ID-$SLURM_NODEID.status"
     rm -f "$ZOO_STATUS_FILE"
     (trap '' USR1 && exec torchrun --nnodes={nodes} --nproc-per-node={ranks} --max-restarts={restarts} \\
