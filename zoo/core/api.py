@@ -24,6 +24,7 @@ from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
+from zoo.core.traffic_report import Report, report
 from zoo.core.train import train
 from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, LoneHeart
@@ -119,6 +120,11 @@ def layout(model: str | None, flags: Mapping[str, Any], *, nodes: int | None, gp
     else:
         degrees = fill_nodes(job.layout, nodes, gpus_per_node)
     return draw_text(degrees, gpus_per_node), draw_svg(degrees, gpus_per_node)
+
+
+def traffic(prepared: Prepared) -> Report:
+    """What the rank that sends most sends in a step."""
+    return report(prepared)
 
 
 def head(prepared: Prepared) -> list[str]:
