@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from tests import pipeline_model
 from tests.distributed import ranks
 from zoo.core.batch import collate
 from zoo.core.contracts import IGNORE
-from zoo.core.mesh import Mesh
-from zoo.core.step import train_step
+from zoo.core.feed import Feed
+from zoo.core.mesh import Degrees, Mesh
+from zoo.core.metrics import Meter, Pending
+from zoo.core.signals import StopSignals
+from zoo.core.step import StepResult, train_step
 from zoo.core.traffic import Microbatch, sent, step_traffic
 from zoo.plugins.memory.policies import KeepAll, RecomputeBlocks
 from zoo.testing.traffic import Routed, Wire, compared
@@ -129,6 +133,34 @@ def test_ranks_send_what_the_account_says(world):
                 # How many messages a context scheme needs is its plan's affair, and tested there.
                 same = found == said or (axes == ("cp",) and kind == "send" and found.payload == said.payload)
                 assert same, (layout, rank, kind, axes, found, said)
+
+
+def around_a_step(rows):
+    """On a rank of `tp`: what is counted of a read of metrics, of the question after signals, and of sharing rows."""
+    device, reported = torch.device("cpu"), {"aux_loss": torch.ones(()), "expert_load": torch.ones(4)}
+    meter = Meter(seq=8, global_batch=1, world_size=2, peak_tflops=None, device=device)
+    for step in (1, 2):
+        result = StepResult(loss=torch.ones(()), grad_norm=torch.ones(()), lr=0.1, report=reported)
+        meter.add(Pending(step, result, 8, 1.0, 0.0))
+    feed = SimpleNamespace(mesh=Mesh(Degrees(tp=2), "cpu"))
+    counted = []
+    with StopSignals() as signals:
+        for call in (meter.flush, signals.any_rank_asked, lambda: Feed._share(feed, rows)):
+            with Wire() as wire:
+                call()
+            counted.append(wire.totals)
+    return counted
+
+
+def test_what_is_sent_around_a_step():
+    rows, both = pipeline_model.rows(2), (0, 1)
+    numbers = 2 * (1 + 1 + 4) + 1  # of two steps loss and report, and the memory
+    for metrics, signals, shared in ranks.run(2, around_a_step, rows):
+        assert metrics == {("all_reduce", both): (3, 8 * numbers)}
+        assert signals == {("all_reduce", both): (1, 8)}
+        (key, total), tokens = *shared.items(), 2 * pipeline_model.SEQ
+        assert (key, total.messages) == (("broadcast", both), 2)
+        assert 16 * tokens < total.payload < 16 * tokens + 1000
 
 
 def test_the_table_in_the_docs_is_what_was_counted():
