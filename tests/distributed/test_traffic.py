@@ -8,6 +8,8 @@ compares.
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +34,8 @@ from zoo.testing.traffic import Routed, Wire, compared
 pytestmark = pytest.mark.dist
 
 PAGE = Path(__file__).parents[2] / "docs" / "layout-traffic.md"
+TCP_BYTES_SENT = 200
+"""Where Linux has tcpi_bytes_sent in struct tcp_info."""
 BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
 ZERO1, DDP = {"data_parallel": "zero1"}, {"data_parallel": "ddp"}
 LAYOUTS = [
@@ -161,6 +165,56 @@ def test_what_is_sent_around_a_step():
         (key, total), tokens = *shared.items(), 2 * pipeline_model.SEQ
         assert (key, total.messages) == (("broadcast", both), 2)
         assert 16 * tokens < total.payload < 16 * tokens + 1000
+
+
+def socket_bytes():
+    """All that the TCP sockets of this process have sent, by the kernel's count; None where it keeps none."""
+    total = 0
+    links = {fd: Path("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")}
+    for fd in (fd for fd, link in links.items() if link.is_symlink() and str(link.readlink()).startswith("socket:")):
+        with socket.socket(fileno=os.dup(int(fd))) as twin:
+            if twin.family in (socket.AF_INET, socket.AF_INET6) and twin.type == socket.SOCK_STREAM:
+                info = twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                if len(info) < TCP_BYTES_SENT + 8:
+                    return None
+                total += struct.unpack_from("Q", info, TCP_BYTES_SENT)[0]
+    return total
+
+
+def wired(values):
+    """On a rank: by kind, bytes that sockets sent for a payload of so many fp32 values for each rank."""
+    whole, part = torch.ones(values * dist.get_world_size()), torch.ones(values)
+    peer = (dist.get_rank() + 1) % dist.get_world_size()
+    calls = {
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+        "broadcast": lambda: dist.broadcast(whole, 0),
+        "send": lambda: [w.wait() for w in (dist.isend(whole, peer), dist.irecv(torch.empty_like(whole)))],
+    }
+    found = {}
+    for kind, call in calls.items():
+        call()
+        dist.barrier()
+        before = socket_bytes()
+        call()
+        dist.barrier()
+        found[kind] = None if before is None else socket_bytes() - before
+    return found
+
+
+def test_gloo_puts_on_the_wire_what_sent_says():
+    """In the mean over ranks; of a reduce-scatter gloo makes an all-reduce."""
+    world, values = 4, 50_000
+    parts = ranks.run(world, wired, values)
+    if any(bytes_sent is None for part in parts for bytes_sent in part.values()):
+        pytest.skip("this kernel does not count what sockets send")
+    whole = 4 * values * world
+    payloads = {"all_to_all": whole * (world - 1) // world}
+    for kind in parts[0]:
+        wanted = sent("all_reduce" if kind == "reduce_scatter" else kind, world, payloads.get(kind, whole))
+        assert sum(part[kind] for part in parts) / world == pytest.approx(wanted, rel=0.02), kind
 
 
 def test_the_table_in_the_docs_is_what_was_counted():
