@@ -8,23 +8,33 @@ compares.
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests import layouts
 from tests.distributed import ranks
 from zoo.core.batch import collate
 from zoo.core.contracts import IGNORE
-from zoo.core.step import train_step
+from zoo.core.feed import Feed
+from zoo.core.mesh import Degrees, Mesh
+from zoo.core.metrics import Meter, Pending
+from zoo.core.signals import StopSignals
+from zoo.core.step import StepResult, train_step
 from zoo.core.traffic import Microbatch, sent, step_traffic
 from zoo.testing.traffic import Routed, Wire, compared
 
 pytestmark = pytest.mark.dist
 
 PAGE = Path(__file__).parents[2] / "docs" / "layout-traffic.md"
+TCP_BYTES_SENT = 200
+"""Where Linux has tcpi_bytes_sent in struct tcp_info."""
 BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
 LAYOUTS = [
     ("llama", "dp_shard2"),
@@ -130,6 +140,84 @@ def test_ranks_send_what_the_account_says(world):
                 # How many messages a context scheme needs is its plan's affair, and tested there.
                 same = found == said or (axes == ("cp",) and kind == "send" and found.payload == said.payload)
                 assert same, (layout, rank, kind, axes, found, said)
+
+
+def around_a_step(rows):
+    """On a rank of `tp`: what is counted of a read of metrics, of the question after signals, and of sharing rows."""
+    device, reported = torch.device("cpu"), {"aux_loss": torch.ones(()), "expert_load": torch.ones(4)}
+    meter = Meter(seq=8, global_batch=1, world_size=2, peak_tflops=None, device=device)
+    for step in (1, 2):
+        result = StepResult(loss=torch.ones(()), grad_norm=torch.ones(()), lr=0.1, report=reported)
+        meter.add(Pending(step, result, 8, 1.0, 0.0))
+    feed = SimpleNamespace(mesh=Mesh(Degrees(tp=2), "cpu"))
+    counted = []
+    with StopSignals() as signals:
+        for call in (meter.flush, signals.any_rank_asked, lambda: Feed._share(feed, rows)):
+            with Wire() as wire:
+                call()
+            counted.append(wire.totals)
+    return counted
+
+
+def test_what_is_sent_around_a_step():
+    rows, both = layouts.rows(2), (0, 1)
+    numbers = 2 * (1 + 1 + 4) + 1  # of two steps loss and report, and the memory
+    for metrics, signals, shared in ranks.run(2, around_a_step, rows):
+        assert metrics == {("all_reduce", both): (3, 8 * numbers)}
+        assert signals == {("all_reduce", both): (1, 8)}
+        (key, total), tokens = *shared.items(), 2 * layouts.SEQ
+        assert (key, total.messages) == (("broadcast", both), 2)
+        assert 16 * tokens < total.payload < 16 * tokens + 1000
+
+
+def socket_bytes():
+    """All that the TCP sockets of this process have sent, by the kernel's count; None where it keeps none."""
+    total = 0
+    links = {fd: Path("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")}
+    for fd in (fd for fd, link in links.items() if link.is_symlink() and str(link.readlink()).startswith("socket:")):
+        with socket.socket(fileno=os.dup(int(fd))) as twin:
+            if twin.family in (socket.AF_INET, socket.AF_INET6) and twin.type == socket.SOCK_STREAM:
+                info = twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                if len(info) < TCP_BYTES_SENT + 8:
+                    return None
+                total += struct.unpack_from("Q", info, TCP_BYTES_SENT)[0]
+    return total
+
+
+def wired(values):
+    """On a rank: by kind, bytes that sockets sent for a payload of so many fp32 values for each rank."""
+    whole, part = torch.ones(values * dist.get_world_size()), torch.ones(values)
+    peer = (dist.get_rank() + 1) % dist.get_world_size()
+    calls = {
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+        "broadcast": lambda: dist.broadcast(whole, 0),
+        "send": lambda: [w.wait() for w in (dist.isend(whole, peer), dist.irecv(torch.empty_like(whole)))],
+    }
+    found = {}
+    for kind, call in calls.items():
+        call()
+        dist.barrier()
+        before = socket_bytes()
+        call()
+        dist.barrier()
+        found[kind] = None if before is None else socket_bytes() - before
+    return found
+
+
+def test_gloo_puts_on_the_wire_what_sent_says():
+    """In the mean over ranks; of a reduce-scatter gloo makes an all-reduce."""
+    world, values = 4, 50_000
+    parts = ranks.run(world, wired, values)
+    if any(bytes_sent is None for part in parts for bytes_sent in part.values()):
+        pytest.skip("this kernel does not count what sockets send")
+    whole = 4 * values * world
+    payloads = {"all_to_all": whole * (world - 1) // world}
+    for kind in parts[0]:
+        wanted = sent("all_reduce" if kind == "reduce_scatter" else kind, world, payloads.get(kind, whole))
+        assert sum(part[kind] for part in parts) / world == pytest.approx(wanted, rel=0.02), kind
 
 
 def test_the_table_in_the_docs_is_what_was_counted():

@@ -26,6 +26,7 @@ from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
+from zoo.core.traffic_report import Report, report
 from zoo.core.train import train
 from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, LoneHeart
@@ -161,6 +162,11 @@ def _chosen_layout(
     degrees = case.agreed(job).degrees
     why = "\n".join(f"{topic:<14}{sentence}" for topic, sentence in notes)
     return f"{why}\n\n{draw_text(degrees, nodes[1])}", draw_svg(degrees, nodes[1])
+
+
+def traffic(prepared: Prepared) -> Report:
+    """What the rank that sends most sends in a step."""
+    return report(prepared)
 
 
 def head(prepared: Prepared) -> list[str]:

@@ -256,12 +256,14 @@ def step_traffic(
     batches: Sequence[Microbatch],
     rank: int = 0,
     device: str = "cpu",
+    model: nn.Module | None = None,
 ) -> Account:
     """The account of a rank for a step of these microbatches of its own: gradients and their norm.
 
-    An adapter that does not account for itself counts as silent, here and to those after it.
+    `model` is the one of this config on meta, where there is one already. An adapter that does not account for itself
+    counts as silent, here and to those after it.
     """
-    model, plan = meta_model(spec, config), spec.plan(config)
+    model, plan = model or meta_model(spec, config), spec.plan(config)
     account = Account(
         spec=spec,
         config=config,
