@@ -49,7 +49,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        (("llama3", "--seq", "4", "--cp", "7"), 2, ["--seq 4", "--cp 7", "lower --cp to 4"]),
+        (("llama3", "--seq", "4", "--cp", "7"), 2, ["--seq 4", "--cp 7", "nearest that works: --cp"]),
         (("llama3", "--cp", "8", "--cp-scheme", "ulysses"), 2, ["ulysses", "at most 4 ranks", "--cp-scheme hybrid"]),
         (("llama3", "--cp", "4", "--cp-scheme", "hybrid:3"), 2, ["hybrid:3", "1, 2 or 4, not 3"]),
         (("llama3", "--cp", "4", "--cp-scheme", "ring:3"), 2, ["ring:3", "takes nothing after its name"]),
@@ -61,6 +61,7 @@ def checkpoint(tmp_path):
             2,
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
+        (("llama3", "--set", "model.attention_dropout=0.1"), 5, ["attention_dropout is 0.1", "write 0"]),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
         (("llama3", "--tp", "3"), 2, ["--tp 3", "4 query heads", "--tp 1 or --tp 2"]),
         (

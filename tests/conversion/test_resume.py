@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import resource
 import shutil
 import signal
+import subprocess
 import time
 import zlib
 from pathlib import Path
@@ -88,26 +88,48 @@ def test_kill_at_any_moment_and_again(kind, checkpoint, request, tmp_path, monke
     assert not hidden(tmp_path / "out").exists()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_a_full_disk(kind, checkpoint, request, tmp_path):
+def test_a_full_disk(kind, checkpoint, request, small_disk, tmp_path, monkeypatch):
+    """Something else fills the disk while a conversion writes there."""
     source = checkpoint if kind == "import" else request.getfixturevalue("run")
     convert(source, tmp_path / "undisturbed", shard_size="5GB")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(DataError, match="kept in .*type the same command again to complete it") as error:
-            convert(source, tmp_path / "out", shard_size="5GB")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, other, writes = small_disk / "out", small_disk / "other", []
+
+    def write(descriptor, data, offset, write_all=stream._write_all):
+        writes.append(offset)
+        if len(writes) == 60:
+            fill(other)
+        write_all(descriptor, data, offset)
+
+    monkeypatch.setattr(stream, "_write_all", write)
+    with pytest.raises(DataError, match="No space left.*kept in .*type the same command again") as error:
+        convert(source, out, shard_size="5GB")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-    written = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished.Journal, "add", lambda _self, _file, offset, _checksum: written.append(offset))
-        convert(source, tmp_path / "out", shard_size="5GB")
-    assert written
-    assert min(written) > 40_000, "what was there was written again"
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not out.exists()
+    other.unlink()
+    convert(source, out, shard_size="5GB")
+    header, *again = writes[writes.index(0, 1) :]
+    assert header == 0
+    assert min(again) > 40_000, "what was there was written again"
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def fill(file):
+    """Write until the disk takes no more."""
+    with pytest.raises(OSError, match="No space left"):
+        file.write_bytes(bytes(8 << 20))
 
 
 def test_no_room_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
@@ -164,7 +186,7 @@ def test_bytes_that_a_crash_lost_are_written_again(half, tmp_path):
         file.seek(20_000)
         file.write(bytes(3000))
     with (hidden(out) / unfinished.JOURNAL).open("ab") as journal:
-        journal.write(b"00aa11bb 123")
+        journal.write(b"123 model-000")
     convert(source, tmp_path / "undisturbed")
     convert(source, out)
     assert contents(out) == contents(tmp_path / "undisturbed")

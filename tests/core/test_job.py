@@ -25,7 +25,8 @@ def test_a_flag_goes_over_set_over_file(tmp_path):
 def test_every_flag_names_a_setting_that_exists():
     known = {f"{s}.{k}" for s, part in Job().settings().items() for k in part}
     optional = {"model.size", "model.from", "data.path", "data.global_batch", "data.format", "data.overlong"}
-    optional |= {"data.chat_template", "layout.dp_shard", "layout.pp_virtual", "checkpoint.out"}
+    optional |= {"data.chat_template", "layout.degrees", "layout.pp_virtual", "checkpoint.out", "launch.nproc"}
+    optional |= {f"layout.{axis}" for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
     assert {flag.key for flag in FLAGS} <= known | optional
 
 

@@ -13,9 +13,10 @@
 
 `run(world, function, *args)` calls `function(*args)` on ranks 0 to world-1 and returns their results in rank order.
 Ranks run with one thread, seed 0, gloo on the loopback, RANK, LOCAL_RANK and WORLD_SIZE set. The default process
-group has `world` ranks; it is made anew when the world size changes, in the same processes. Arguments and results are
-pickled (tensors by value). If a rank raises, dies, or is not done in `timeout` seconds, all ranks are ended and
-RankError carries that rank's traceback; the next `run` starts new ones. The processes end with the session.
+group has `world` ranks; it is made anew when the world size changes, in the same processes. With `group=False` there is
+none: the function makes one and destroys it. Arguments and results are pickled (tensors by value). If a rank raises,
+dies, or is not done in `timeout` seconds, all ranks are ended and RankError carries that rank's traceback; the next
+`run` starts new ones. The processes end with the session.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ class RankPool:
         self._threads = 0
         """The most that a rank had after its last function."""
 
-    def run(self, world, function, *args, timeout=120.0):
+    def run(self, world, function, *args, timeout=120.0, group=True):
         if self._threads > MANY_THREADS:
             self.end()
-        if world != self._world:
+        joined = world if group else 0
+        if joined != self._world:
             self._generation += 1
-            self._world = world
-        store = str(self._folder / f"store-{self._generation}")
+            self._world = joined
+        store = str(self._folder / f"store-{self._generation}") if group else None
         while len(self._ranks) < world:
             self._ranks.append(_start())
         for rank in range(world):
@@ -106,9 +108,9 @@ class RankPool:
         return result
 
 
-def run(world, function, *args, timeout=120.0):
+def run(world, function, *args, timeout=120.0, group=True):
     """Call `function(*args)` on `world` ranks of the session's pool; their results in rank order."""
-    return _pool().run(world, function, *args, timeout=timeout)
+    return _pool().run(world, function, *args, timeout=timeout, group=group)
 
 
 _POOLS = []
@@ -124,7 +126,9 @@ def _pool():
 def _start():
     # Ranks are forked from one process that has imported torch and computed nothing.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "zoo.core.worker"]
+    )
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
@@ -147,7 +151,7 @@ def _serve(pipe):
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             continue
         try:
-            if store != wanted:
+            if store is None or store != wanted:
                 store = _join(rank, world, wanted, timeout)
             torch.manual_seed(0)
             answer = (True, (function(*args), len(os.listdir("/proc/self/task"))))
@@ -162,10 +166,11 @@ def _join(rank, world, store, timeout):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     if dist.is_initialized():
         dist.destroy_process_group()
-        _forget_meshes()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    _forget_meshes()
+    if store is not None:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
     return store
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import sparse_model
+from tests import layouts
 from tests.command import train, zoo
 from zoo.core.inventory import rule_book
 from zoo.core.weights import ModuleSource
@@ -41,7 +41,7 @@ AUX = ("--set", "model.output_router_logits=true", "--set", "model.router_aux_lo
 def checkpoint(tmp_path_factory):
     """A small random Mixtral in the hub's form, with the tokenizer of the embedded Llama."""
     folder = tmp_path_factory.mktemp("mixtral")
-    config = SPEC.parse(SPEC.hub_config(sparse_model.config(None)) | {"vocab_size": 2048})
+    config = SPEC.parse(SPEC.hub_config(layouts.config("mixtral-plain")) | {"vocab_size": 2048})
     torch.manual_seed(0)
     source = rule_book(SPEC, config).to_hub(ModuleSource(SPEC.build(config)))
     tensors = {name: source.read(name, tuple(slice(0, n) for n in source.shape(name))) for name in source.names()}
@@ -57,7 +57,7 @@ def test_expert_parallel_runs_and_their_exports_equal_one_process(checkpoint, tm
     single = train(one, *JOB, "--from", checkpoint, *AUX)
     # Two ranks of data parallelism come by themselves, for ep folds over four ranks.
     run = train(four, *JOB, "--from", checkpoint, *AUX, "--ep", 4, "--cp", 2, "--memory", "full")
-    loads = [f"expert_load.{e}" for e in range(sparse_model.EXPERTS)]
+    loads = [f"expert_load.{e}" for e in range(layouts.EXPERTS)]
     for row, wanted in zip(run, single, strict=True):
         for key in ("loss", "grad_norm", "aux_loss", *loads):
             assert row[key] == pytest.approx(wanted[key], rel=1e-9), (row["step"], key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -9,9 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings, strategies as st
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests import sparse_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.core import checkpoint
 from zoo.core.batch import Row
@@ -24,77 +24,70 @@ from zoo.core.windows import Stats
 
 pytestmark = pytest.mark.dist
 
-FSDP, ZERO1, DDP = ({"data_parallel": name} for name in ("fsdp", "zero1", "ddp"))
-LAYOUTS = {
-    1: {"single": ({}, FSDP)},
-    2: {"ddp": ({"dp_shard": 2}, DDP), "zero1": ({"dp_replicate": 2}, ZERO1)},
-    4: {
-        "fsdp": ({"dp_shard": 4}, FSDP),
-        "hsdp": ({"dp_replicate": 2, "dp_shard": 2}, FSDP),
-        "zero1-cp": ({"dp_shard": 2, "cp": 2}, ZERO1),
-        "ddp-ep": ({"dp_replicate": 2, "cp": 2, "ep": 2}, DDP),
-        "fsdp-ep": ({"dp_shard": 2, "cp": 2, "ep": 4}, FSDP),
-    },
-}
-"""World size to layouts of a Mixtral."""
-NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
+LAYOUTS = (
+    "",
+    "dp_shard2 ddp",
+    "pp2 zero-bubble",
+    "tp4",
+    "dp_replicate2 dp_shard2 ep2",
+    "dp_shard2 cp2 ep4 zero1",
+    "pp2 tp2",
+    "pp2 cp2 tp2 ep2",
+)
+"""Of a Mixtral of two layers, with four rows a step."""
+TIED = ("", "pp2 zbv", "tp4", "dp_shard2 cp2 zero1", "pp2 tp2 interleaved")
+"""Of a Llama of four layers whose embedding and head are one tensor."""
 
 
-def state(run):
-    """Weights and both moments by name."""
-    return dict(run.model.named_parameters()) | sparse_model.moments(run)
+def saved(folder, chosen):
+    """On a rank: a run of one step, saved."""
+    run = layouts.Run(chosen)
+    run.step(micro_batch=2)
+    Checkpoints(folder, keep=1).save(run.state, {"step": run.state.step}, {})
 
 
-def saved(folder, layouts):
-    """On a rank: for each layout a run of one step, saved."""
-    for name, (degrees, choices) in layouts.items():
-        run = sparse_model.Run(degrees, **choices)
-        run.step(micro_batch=sparse_model.ROWS)
-        Checkpoints(folder / name, keep=1).save(run.state, {"step": run.state.step}, {})
-
-
-def resumed(folder, layouts, wanted):
-    """On a rank: under each layout two steps more of every saved run, and how far its part is from what is wanted."""
-    result = {}
-    for name, (degrees, choices) in layouts.items():
-        # Other weights than were saved.
-        run = sparse_model.Run(degrees, biased=True, **choices)
-        for before in NAMES:
-            checkpoint.load(run.state, folder / before / "checkpoints" / "step-1")
-            run.step(micro_batch=sparse_model.ROWS)
-            run.step(micro_batch=sparse_model.ROWS)
-            found = state(run)
-            assert run.state.step == 3
-            assert found.keys() == wanted.keys()
-            result[before, name] = {key: distance(value.detach(), wanted[key]) for key, value in found.items()}
+def resumed(folders, chosen, wanted):
+    """On a rank: two steps more of saved runs under a layout; of each what differs from what is wanted, and names."""
+    run = layouts.Run(chosen)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()
+    result = []
+    for folder in folders:
+        checkpoint.load(run.state, folder / "checkpoints" / "step-1")
+        found = run.steps(2, micro_batch=2)
+        assert run.state.step == 3
+        result.append((layouts.differences(found, wanted), sorted(found)))
     return result
 
 
-def distance(part, whole):
-    """The largest difference of this rank's part of a tensor, as a share of the largest number in the whole."""
-    mine = whole
-    if isinstance(part, DTensor):
-        mine = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None).to_local()
-        part = part.to_local()
-    assert part.shape == mine.shape
-    return ((part - mine).abs().max() / whole.abs().max()).item() if part.numel() else 0.0
+def check(root, model, more, pairs):
+    """Of each pair, the second goes on with what was saved under the first, as the single process does."""
+    every = {words: layouts.choose(model, f"{words} {more}") for pair in pairs for words in pair}
+    folders = {words: root / str(number) for number, words in enumerate(every)}
+    every = dict(sorted(every.items(), key=lambda item: item[1].degrees.world_size))
+    for words, chosen in every.items():
+        ranks.run(chosen.degrees.world_size, saved, folders[words], chosen, timeout=layouts.TIMEOUT_S)
+    wanted = layouts.wanted(every[""])
+    continued = {name for name in wanted if not name.startswith("1.")}
+    for words, chosen in every.items():
+        befores = [before for before, after in pairs if after == words]
+        asked = [folders[before] for before in befores], chosen, wanted
+        answers = ranks.run(chosen.degrees.world_size, resumed, *asked, timeout=layouts.TIMEOUT_S)
+        for before, *of_ranks in zip(befores, *answers, strict=True):
+            for differences, _ in of_ranks:
+                assert not differences, (before, words, differences[:5])
+            assert set().union(*(names for _, names in of_ranks)) == continued, (before, words)
 
 
 def test_every_layout_resumes_every_other(tmp_path):
-    uninterrupted = sparse_model.Run({})
-    for _ in range(3):
-        uninterrupted.step()
-    wanted = {name: value.detach() for name, value in state(uninterrupted).items()}
-    for world, layouts in LAYOUTS.items():
-        ranks.run(world, saved, tmp_path, layouts)
-    pairs = set()
-    for world, layouts in LAYOUTS.items():
-        for answer in ranks.run(world, resumed, tmp_path, layouts, wanted):
-            pairs |= answer.keys()
-            for pair, distances in answer.items():
-                for name, value in distances.items():
-                    assert value < 1e-9, (pair, name)
-    assert len(pairs) == len(NAMES) ** 2
+    pairs = list(itertools.product(LAYOUTS, LAYOUTS))
+    assert len(pairs) == 64
+    check(tmp_path, "mixtral-plain", "rows4 layers2", pairs)
+
+
+def test_tied_embeddings_resume_under_the_next_layout(tmp_path):
+    check(tmp_path, "llama-tied", "rows4 layers4", list(itertools.pairwise((*TIED, TIED[0]))))
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -155,18 +148,17 @@ def test_another_number_of_data_parallel_ranks_goes_on_at_the_same_row(first, th
 # What is logged -----------------------------------------------------------------------------------
 
 
-def logged(degrees, choices, micro_batch):
+def logged(chosen, micro_batch):
     """On a rank: what metrics.jsonl gets of two steps, but for times."""
-    run = sparse_model.Run(degrees, **choices)
-    device = torch.device("cpu")
+    run = layouts.Run(chosen)
     meter = Meter(
-        seq=sparse_model.SEQ,
-        global_batch=sparse_model.ROWS,
+        seq=layouts.SEQ,
+        global_batch=chosen.rows,
         world_size=dist.get_world_size(),
         peak_tflops=1.0,
-        device=device,
+        device=torch.device("cpu"),
     )
-    trained = sum(row.trained_tokens for row in sparse_model.rows())
+    trained = sum(row.trained_tokens for row in layouts.rows(chosen.rows))
     for _ in range(2):
         result = run.update(micro_batch)
         meter.add(Pending(run.state.step, result, trained, 1.0, 0.0))
@@ -176,17 +168,17 @@ def logged(degrees, choices, micro_batch):
 
 @cache
 def logged_alone():
-    return ranks.run(1, logged, {}, FSDP, 1)[0]
+    return ranks.run(1, logged, layouts.choose("mixtral-plain", "rows8 layers2"), 1)[0]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_is_logged_does_not_depend_on_ranks_or_microbatches(data):
-    name = data.draw(st.sampled_from(NAMES), label="layout")
-    world, (degrees, choices) = next((w, layouts[name]) for w, layouts in LAYOUTS.items() if name in layouts)
-    each = sparse_model.ROWS // Degrees(**degrees).dp
-    micro_batch = data.draw(st.sampled_from([n for n in (1, 2, 4, 8) if each % n == 0]), label="rows a microbatch")
-    for answer in ranks.run(world, logged, degrees, choices, micro_batch):
+    words = data.draw(st.sampled_from(LAYOUTS), label="layout")
+    chosen = layouts.choose("mixtral-plain", f"{words} rows8 layers2")
+    each, least = 8 // chosen.degrees.dp, chosen.degrees.pp
+    micro_batch = data.draw(st.sampled_from([n for n in (1, 2, 4, 8) if each // n >= least]), label="rows a microbatch")
+    for answer in ranks.run(chosen.degrees.world_size, logged, chosen, micro_batch):
         for row, wanted in zip(answer, logged_alone(), strict=True):
             assert row.keys() == wanted.keys()
             for key, value in row.items():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests import pipeline_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.core import checkpoint
 from zoo.core.checkpoint import Checkpoints
@@ -18,14 +18,14 @@ from zoo.core.world import host_group
 
 pytestmark = pytest.mark.dist
 
-LAYOUTS = {
-    "fsdp-ep": ("mixtral", {"dp_shard": 4, "ep": 2}, "fsdp"),
-    "zero1-copies": ("llama", {"dp_replicate": 2, "dp_shard": 2}, "zero1"),
-    "ddp-cp": ("llama", {"dp_shard": 2, "cp": 2}, "ddp"),
-    "pp-fsdp": ("llama-tied", {"pp": 2, "dp_shard": 2}, "fsdp"),
-    "tp-fsdp": ("llama", {"dp_shard": 2, "tp": 2}, "fsdp"),
-}
-"""Model, degrees, data parallelism, of four ranks."""
+LAYOUTS = (
+    ("mixtral", "dp_shard4 ep2"),
+    ("llama", "dp_replicate2 dp_shard2 zero1"),
+    ("llama", "dp_shard2 cp2 ddp"),
+    ("llama-tied", "pp2 dp_shard2"),
+    ("llama", "dp_shard2 tp2"),
+)
+"""Of four ranks."""
 
 
 class Gated(Checkpoints):
@@ -48,14 +48,14 @@ def tensors(run):
     return {k: local(v) for k, v in checkpoint.tensors_of(run.state).items() if isinstance(v, torch.Tensor)}
 
 
-def saved_while_stepping(folder, layouts):
+def saved_while_stepping(folder, chosen):
     """On a rank: under each layout, tensors, those that changed since the save, those saved wrong."""
     found, group = {}, host_group()
-    for name, (model, degrees, data_parallel) in layouts.items():
-        run = pipeline_model.Run(model, degrees, data_parallel=data_parallel)
+    for name, choice in enumerate(chosen):
+        run = layouts.Run(choice)
         run.step()
         before = {k: v.clone() for k, v in tensors(run).items()}
-        checkpoints = Gated(folder / name)
+        checkpoints = Gated(folder / str(name))
         saver = Saver(checkpoints, group)
         for again in range(2):
             saver.start(run.state, {"step": run.state.step}, dict)
@@ -66,8 +66,8 @@ def saved_while_stepping(folder, layouts):
             changed = [k for k in before if not torch.equal(before[k], after[k])]
             checkpoints.gate.set()
             (ended,) = saver.wait()
-            assert ended.path == folder / name / "checkpoints" / f"step-{ended.step}"
-            other = pipeline_model.Run(model, degrees, data_parallel=data_parallel)
+            assert ended.path == folder / str(name) / "checkpoints" / f"step-{ended.step}"
+            other = layouts.Run(choice)
             checkpoint.load(other.state, ended.path)
             read = tensors(other)
             assert read.keys() == before.keys()
@@ -81,16 +81,17 @@ def saved_while_stepping(folder, layouts):
 
 
 def test_a_save_is_of_its_step_whatever_the_next_ones_change(tmp_path):
-    for answer in ranks.run(4, saved_while_stepping, tmp_path, LAYOUTS):
+    chosen = [layouts.choose(*layout) for layout in LAYOUTS]
+    for answer in ranks.run(4, saved_while_stepping, tmp_path, chosen):
         assert len(answer) == 2 * len(LAYOUTS)
         for where, (count, changed, wrong) in answer.items():
-            assert wrong == [], where
-            assert changed == count > 0, where
+            assert wrong == [], (LAYOUTS[where[0]], where)
+            assert changed == count > 0, (LAYOUTS[where[0]], where)
 
 
-def saved_in_the_way(folder, blocked):
+def saved_in_the_way(chosen, folder, blocked):
     """On a rank: how the saves of two steps end, the first of which finds a file where it would write."""
-    run, group = pipeline_model.Run("llama", {"dp_shard": 2}), host_group()
+    run, group = layouts.Run(chosen), host_group()
     saver = Saver(Checkpoints(folder, keep=2), group)
     run.step()
     saver.start(run.state, {"step": run.state.step}, dict)
@@ -113,7 +114,7 @@ def test_every_rank_hears_of_a_failure_and_saves_again(tmp_path):
     blocked = tmp_path / "checkpoints" / ".unfinished-step-1"
     blocked.parent.mkdir()
     blocked.touch()
-    for first, second in ranks.run(2, saved_in_the_way, tmp_path, blocked):
+    for first, second in ranks.run(2, saved_in_the_way, layouts.choose("mixtral", "dp_shard2"), tmp_path, blocked):
         assert first[:2] == (1, None)
         assert f"saving {tmp_path}/checkpoints/step-1 failed: File exists" in first[2]
         assert second == (2, tmp_path / "checkpoints" / "step-2", None)

@@ -241,7 +241,7 @@ def test_check_asks_the_schemes():
         )
     assert check(_request(1, 1001, {})) is None
     assert "--cp-scheme ring" in check(_request(2, 8, {}))
-    assert "lower --cp to 3" in check(_request(4, 3, {None: Ring()}))
+    assert "--seq 3 cannot be shared out over --cp 4" in check(_request(4, 3, {None: Ring()}))
     assert ContextParallel().applies({"cp": 2}, _setup(None))
     assert not ContextParallel().applies({"cp": 1}, _setup(None))
 

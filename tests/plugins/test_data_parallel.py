@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import sparse_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
 from zoo.core.contracts import Setup
-from zoo.core.mesh import Degrees
 from zoo.plugins.parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.zero1 import ShardedOptimizer
@@ -74,7 +73,7 @@ def test_exactly_the_chosen_one_applies_and_on_one_rank_only_to_cast():
 # On ranks -----------------------------------------------------------------------------------------
 
 KINDS = GATHER, REDUCE, SUM = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
-UNITS = sparse_model.LAYERS * 2 + 1
+UNITS = 2 * 2 + 1
 """Of the small Mixtral: blocks, their experts, the root."""
 
 
@@ -91,9 +90,9 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(degrees, choices, micro_batch):
+def traffic(chosen, micro_batch):
     """On a rank: how many gathers, reduce-scatters and all-reduces the forwards and backwards of a step make."""
-    run = sparse_model.Run(degrees, **choices)
+    run = layouts.Run(chosen)
     run.update(micro_batch)
     with Collectives() as seen:
         run.update(micro_batch)
@@ -102,38 +101,28 @@ def traffic(degrees, choices, micro_batch):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("degrees", "choices", "per_step", "per_microbatch"),
+    ("words", "per_step", "per_microbatch"),
     [
-        ({"dp_shard": 2}, {"data_parallel": "zero1"}, {GATHER: UNITS, REDUCE: UNITS}, {}),
-        ({"dp_shard": 2}, {"data_parallel": "zero1", "memory": "full"}, {GATHER: UNITS, REDUCE: UNITS}, {}),
-        ({"dp_shard": 2}, {"data_parallel": "ddp"}, {SUM: UNITS}, {}),
-        (
-            {"dp_shard": 2},
-            {"data_parallel": "fsdp", "reshard": False},
-            {},
-            {GATHER: UNITS, REDUCE: UNITS},
-        ),
+        ("dp_shard2 zero1", {GATHER: UNITS, REDUCE: UNITS}, {}),
+        ("dp_shard2 zero1 recompute", {GATHER: UNITS, REDUCE: UNITS}, {}),
+        ("dp_shard2 ddp", {SUM: UNITS}, {}),
+        ("dp_shard2 keep", {}, {GATHER: UNITS, REDUCE: UNITS}),
         # The root keeps its weights from forward to backward anyhow.
-        ({"dp_shard": 2}, {"data_parallel": "fsdp"}, {}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
-        (
-            {"dp_replicate": 2, "dp_shard": 2},
-            {"data_parallel": "fsdp"},
-            {SUM: UNITS},
-            {GATHER: 2 * UNITS - 1, REDUCE: UNITS},
-        ),
+        ("dp_shard2", {}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
+        ("dp_replicate2 dp_shard2", {SUM: UNITS}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
     ],
 )
-def test_messages_of_a_step(degrees, choices, per_step, per_microbatch):
-    world = Degrees(**degrees).world_size
+def test_messages_of_a_step(words, per_step, per_microbatch):
+    chosen = layouts.choose("mixtral-plain", words)
     for microbatches in (1, 2):
-        found = ranks.run(world, traffic, degrees, choices, sparse_model.ROWS // world // microbatches)[0]
+        found = ranks.run(chosen.degrees.world_size, traffic, chosen, 2 // microbatches)[0]
         for kind, number in found.items():
             assert number == per_step.get(kind, 0) + microbatches * per_microbatch.get(kind, 0), (kind, microbatches)
 
 
-def held(degrees, choices):
+def held(chosen):
     """On a rank: numbers of weights, gradients and moments kept after two microbatches, names, and types."""
-    run = sparse_model.Run(degrees, **choices)
+    run = layouts.Run(chosen)
     kept = {}
 
     def count(*_):
@@ -141,7 +130,7 @@ def held(degrees, choices):
         kept["gradients"] = sum(p.grad.to_local().numel() for p in run.model.parameters())
 
     run.state.optimizer.register_step_pre_hook(count)
-    run.update(2)
+    run.update()
     kept["moments"] = sum(s["exp_avg"].to_local().numel() for s in run.state.optimizer.state.values())
     types = {p.dtype for p in run.model.parameters()} | {s["exp_avg"].dtype for s in run.state.optimizer.state.values()}
     return kept, [name for name, _ in run.model.named_parameters()], types
@@ -149,34 +138,33 @@ def held(degrees, choices):
 
 @pytest.mark.dist
 def test_what_a_rank_holds_and_under_which_names():
-    whole = sum(p.numel() for p in sparse_model.source(None, biased=False).parameters())
-    names = [name for name, _ in sparse_model.source(None, biased=False).named_parameters()]
-    for choices, ranks_over in (
-        (({"dp_shard": 2, "cp": 2}, {"data_parallel": "zero1"}), 4),
-        (({"dp_replicate": 2, "dp_shard": 2}, {"data_parallel": "fsdp"}), 2),
-        (({"dp_shard": 2, "cp": 2}, {"data_parallel": "ddp"}), 1),
-    ):
-        answers = ranks.run(4, held, *choices)
+    whole = sum(p.numel() for p in layouts.source("mixtral-plain").parameters())
+    names = [name for name, _ in layouts.source("mixtral-plain").named_parameters()]
+    for words, ranks_over in (("dp_shard2 cp2 zero1", 4), ("dp_replicate2 dp_shard2", 2), ("dp_shard2 cp2 ddp", 1)):
+        answers = ranks.run(4, held, layouts.choose("mixtral-plain", words))
         for kind in ("weights", "gradients", "moments"):
             sizes = [answer[0][kind] for answer in answers]
-            assert sum(sizes) == whole * 4 // ranks_over, (choices, kind)
+            assert sum(sizes) == whole * 4 // ranks_over, (words, kind)
             assert max(sizes) < 1.2 * whole / ranks_over
         assert all(answer[1] == names for answer in answers)
 
 
-def in_bfloat16(choices):
+def in_bfloat16(chosen):
     """On a rank: numbers and gradients of a step of four microbatches in bfloat16, and types of what is kept."""
-    run = sparse_model.Run({"dp_replicate": 2, "dp_shard": 2}, dtype="bfloat16", **choices)
+    run = layouts.Run(chosen)
+    gradients = run.gradients()
     numbers = {name: value.float() for name, value in run.step().items()}
     types = {p.dtype for p in run.model.parameters()} | {s["exp_avg"].dtype for s in run.state.optimizer.state.values()}
-    return numbers, run.gradients, types
+    return numbers, gradients, types
 
 
 @pytest.mark.dist
 def test_bfloat16_arithmetic_over_float32_weights_whatever_holds_them():
-    exact = sparse_model.Run({})
-    wanted = exact.step()
-    results = {name: ranks.run(4, in_bfloat16, {"data_parallel": name})[0] for name in NAMES}
+    run = layouts.Run(layouts.choose("mixtral-plain", "rows8"))
+    exact = run.gradients()
+    wanted = run.step()
+    every = {name: layouts.choose("mixtral-plain", f"dp_replicate2 dp_shard2 rows8 bf16 {name}") for name in NAMES}
+    results = {name: ranks.run(4, in_bfloat16, chosen)[0] for name, chosen in every.items()}
     for name, (numbers, gradients, types) in results.items():
         assert types == {torch.float32}, name
         for key, value in numbers.items():
@@ -184,4 +172,4 @@ def test_bfloat16_arithmetic_over_float32_weights_whatever_holds_them():
         for key, value in gradients.items():
             # Sums are of float32: all three differ among each other by far less than bfloat16 rounds.
             torch.testing.assert_close(value, results["fsdp"][1][key], rtol=1e-4, atol=1e-6)
-            assert (value - exact.gradients[key]).norm() < 0.2 * exact.gradients[key].norm(), (name, key)
+            assert (value - exact[key]).norm() < 0.2 * exact[key].norm(), (name, key)

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from tests import tensor_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core import checkpoint
 from zoo.core.attention.mask import Mask
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import (
@@ -62,17 +61,17 @@ EXPERTS = ExpertShape(num_experts=4, hidden_size=16, intermediate_size=24)
     ("layout", "words"),
     [
         (request((32, 8), tp=8), None),
-        (request((32, 8), tp=3), ["--tp 3 does not divide the 32 query heads of llama3", "--tp 2 or --tp 4"]),
-        (request((12, 4), tp=6), ["--tp 6", "4 key/value heads", "--tp 2 or --tp 4"]),
-        (request((8, 8), (8, 2), tp=4), ["--tp 4", "2 key/value heads", "--tp 1 or --tp 2"]),
-        (request((16, 16), tp=16), ["--tp 16", "24 rows or columns of model.layers.*.mlp.gate_proj", "--tp 8"]),
-        (request((8, 8), tp=2, widths=(("lm_head", 128_257),)), ["--tp 2", "128,257", "lm_head", "nearest: --tp 1"]),
-        (request((8, 8), widths=()), ["--tp 2", "names none", "--tp 1"]),
+        (request((32, 8), tp=3), ["--tp 3 does not divide the 32 query heads of llama3"]),
+        (request((12, 4), tp=6), ["--tp 6", "4 key/value heads"]),
+        (request((8, 8), (8, 2), tp=4), ["--tp 4", "2 key/value heads"]),
+        (request((16, 16), tp=16), ["--tp 16", "24 rows or columns of model.layers.*.mlp.gate_proj"]),
+        (request((8, 8), tp=2, widths=(("lm_head", 128_257),)), ["--tp 2", "128,257", "lm_head"]),
+        (request((8, 8), widths=()), ["--tp 2", "names none"]),
         (request((8, 8), experts=EXPERTS), None),
         (request((8, 8), experts=EXPERTS, sequence_parallel=False), ["layout.sequence_parallel=false", "2 times"]),
     ],
 )
-def test_what_tp_does_not_divide_is_refused_with_the_nearest_that_works(layout, words):
+def test_what_tp_does_not_divide_is_refused(layout, words):
     said = TensorParallel().check(layout)
     assert (said is None) == (words is None), said
     for word in words or ():
@@ -85,13 +84,13 @@ def test_kernels_and_schemes_are_asked_about_the_heads_of_a_rank():
 
 
 def test_widths_are_those_of_the_plan_each_once():
-    spec, fields = tensor_model.MODELS["nas"]
+    spec, _ = layouts.MODELS["nemotron-nas"]
     layer = "model.layers.*"
     expected = [("model.embed_tokens", 24), ("lm_head", 24)]
     expected += [(f"{layer}.self_attn.{name}_proj", 32) for name in "qkvo"]
     expected += [(f"{layer}.self_attn.{name}_proj", 16) for name in "kv"]
     expected += [(f"{layer}.mlp.{name}_proj", width) for name in ("gate", "up", "down") for width in (24, 8, 16)]
-    assert sorted(cut_widths(spec, spec.parse(fields))) == sorted(expected)
+    assert sorted(cut_widths(spec, layouts.config("nemotron-nas"))) == sorted(expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -211,59 +210,29 @@ def test_a_head_cut_by_words_has_the_loss_and_the_gradients_of_the_plain_one(seq
             torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
 
 
-def saved(folder, degrees, model, steps=1):
-    """On a rank: some steps under a layout, then a save."""
-    run = tensor_model.Run(degrees, model)
-    for _ in range(steps):
-        run.step()
-    spec, fields = tensor_model.MODELS[model]
-    hub = {"config.json": json.dumps(spec.hub_config(spec.parse(fields))).encode()}
+def saved(folder, chosen):
+    """On a rank: a save of what nobody has trained."""
+    run = layouts.Run(chosen)
+    spec, _ = layouts.MODELS[chosen.model]
+    hub = {"config.json": json.dumps(spec.hub_config(chosen.config)).encode()}
     Checkpoints(folder, keep=1).save(run.state, {"step": run.state.step}, hub)
-
-
-def resumed(folder, degrees, model):
-    """On a rank: the second step under another layout."""
-    run = tensor_model.Run(degrees, model)
-    checkpoint.load(run.state, folder / "checkpoints" / "step-1")
-    numbers = run.step()
-    return numbers | {f"parameter.{name}": value for name, value in tensor_model.whole(run.model).items()}
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize(
-    ("model", "before", "after"),
-    [
-        ("tied", {"tp": 4}, {"tp": 2, "dp_shard": 2}),
-        ("untied", {"tp": 2, "cp": 2}, {}),
-        ("nemotron", {"dp_shard": 4}, {"tp": 4}),
-        ("mixtral", {"tp": 2, "cp": 2, "ep": 2}, {"dp_shard": 4, "ep": 4}),
-    ],
-    ids=str,
-)
-def test_a_run_saved_under_one_tp_goes_on_under_another(model, before, after, tmp_path):
-    ranks.run(4, saved, tmp_path, before, model)
-    found = ranks.run(4 if after else 1, resumed, tmp_path, after, model)[0]
-    wanted = tensor_model.two_steps({}, model)
-    for name, value in found.items():
-        reference = wanted[name if name.startswith("parameter.") else f"2.{name}"]
-        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.dist
 def test_the_bytes_of_an_export_do_not_depend_on_tp(tmp_path):
     files = []
-    for degrees in ({"tp": 2, "dp_shard": 2}, {"tp": 4}, {"dp_shard": 4}):
+    for words in ("tp2 dp_shard2", "tp4", "dp_shard4"):
         run = tmp_path / str(len(files))
-        ranks.run(4, saved, run, degrees, "untied", 0)
+        ranks.run(4, saved, run, layouts.choose("llama", words))
         main(["export", str(run), "--to", "hf", str(run / "hf")])
         files.append({file.name: file.read_bytes() for file in Path(run / "hf").glob("*.safetensors")})
     assert files[0]
     assert files[0] == files[1] == files[2]
 
 
-def in_bfloat16(degrees):
+def in_bfloat16(chosen):
     """On a rank: numbers of a step whose arithmetic is bfloat16 and whose weights are not, and how some are placed."""
-    run = tensor_model.Run(degrees, "untied", dtype="bfloat16")
+    run = layouts.Run(chosen)
     numbers = {name: value.float() for name, value in run.step().items()}
     placed = {name: str(getattr(p, "placements", None)) for name, p in run.model.named_parameters()}
     return numbers, placed, {p.dtype for p in run.model.parameters()}
@@ -271,8 +240,8 @@ def in_bfloat16(degrees):
 
 @pytest.mark.dist
 def test_mixed_precision_is_the_same_at_any_tp_but_for_rounding():
-    one, _, _ = ranks.run(1, in_bfloat16, {})[0]
-    four, placed, dtypes = ranks.run(4, in_bfloat16, {"tp": 2, "cp": 2})[0]
+    one, _, _ = ranks.run(1, in_bfloat16, layouts.choose("llama", "bf16"))[0]
+    four, placed, dtypes = ranks.run(4, in_bfloat16, layouts.choose("llama", "tp2 cp2 bf16"))[0]
     assert dtypes == {torch.float32}
     layer = "model.layers.0.self_attn"
     assert placed[f"{layer}.q_proj.weight"] == "(_StridedShard(dim=0, sf=2), Shard(dim=0))"

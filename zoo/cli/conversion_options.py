@@ -11,7 +11,8 @@ _OPTIONS = (
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16", "stored"]),
-        help="type of the written weights; if not given, that of SRC, which must be one; 'stored': each tensor's own",
+        help="type of the written weights; if not given, that of SRC, which must be one (float32 of a run in float64); "
+        "'stored': each tensor's own",
     ),
     click.option("--shard-size", metavar="SIZE", default="5GB", show_default=True, help="largest weight file"),
     click.option(

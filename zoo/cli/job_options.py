@@ -13,9 +13,8 @@ from zoo.core.flags import FLAGS
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add MODEL, every job flag, `-c`, and `--set` to a command."""
     for flag in reversed(FLAGS):
-        command = click.option(f"--{flag.name}", flag.keyword, default=None, metavar=flag.metavar, help=flag.help)(
-            command
-        )
+        kind: dict[str, Any] = {"is_flag": True} if flag.switch else {"metavar": flag.metavar}
+        command = click.option(f"--{flag.name}", flag.keyword, default=None, help=flag.help, **kind)(command)
     command = click.option(
         "--set", "set", multiple=True, metavar="KEY=VALUE", help="any setting, as section.key=value; repeatable"
     )(command)

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli.job_options import job_options
+from zoo.cli.table import table
 from zoo.core.errors import UsageError
 from zoo.core.plugins import Plugins
+from zoo.core.units import format_bytes
+
+if TYPE_CHECKING:
+    from zoo.core.traffic_report import Report
 
 
 @click.command()
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="the resolved job and the reasons as JSON")
-@click.option(
-    "--layout-only", is_flag=True, help="draw the mesh: which rank sits in which group; needs no model, no data"
-)
+@click.option("--traffic", is_flag=True, help="what a rank sends in a step, by collective and group")
+@click.option("--layout-only", is_flag=True, help="draw the mesh: which rank sits in which group; needs no data")
 @click.option("--svg", default=None, metavar="FILE", help="with --layout-only: as a picture too")
 @click.option("--nodes", default=None, type=click.IntRange(1), metavar="N", help="with --layout-only: machines to fill")
 @click.option(
     "--gpus-per-node", default=8, type=click.IntRange(1), metavar="G", help="with --layout-only: ranks of a machine"
+)
+@click.option(
+    "--gpu-memory",
+    default=80.0,
+    type=click.FloatRange(1.0),
+    metavar="GB",
+    help="with --layout-only --layout auto: memory of each",
 )
 @click.pass_obj
 def plan(
@@ -30,17 +41,21 @@ def plan(
     /,
     model: str | None,
     as_json: bool,
+    traffic: bool,
     layout_only: bool,
     svg: str | None,
     nodes: int | None,
     gpus_per_node: int,
+    gpu_memory: float,
     **flags: Any,
 ) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
     from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
 
     if layout_only:
-        text, picture = api.layout(model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
+        text, picture = api.layout(
+            plugins, model, flags, nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory=gpu_memory
+        )
         if svg is not None:
             _write(Path(svg), picture)
         click.echo(text)
@@ -48,10 +63,28 @@ def plan(
     if svg is not None or nodes is not None:
         raise UsageError("--svg and --nodes draw the mesh; give --layout-only too")
     prepared = api.ready(plugins, model, flags)
+    sending = api.traffic(prepared) if traffic else None
     if as_json:
-        click.echo(json.dumps({"job": prepared.job.settings(), "notes": dict(prepared.notes)}, indent=2, default=str))
-    else:
-        click.echo("\n".join(api.head(prepared)))
+        more = {"traffic": sending.plain()} if sending else {}
+        shown = {"job": prepared.job.settings(), "notes": dict(prepared.notes), **more}
+        click.echo(json.dumps(shown, indent=2, default=str))
+        return
+    click.echo("\n".join(api.head(prepared)))
+    if sending is not None:
+        click.echo(f"\n{_sending(sending)}")
+
+
+def _sending(report: Report) -> str:
+    """The rank that sends most, and what."""
+    if not report.flows:
+        return "no rank sends anything in a step"
+    rows = [
+        [flow.kind, flow.axis, str(ranks), flow.what, format_bytes(flow.payload), format_bytes(sent)]
+        for flow, ranks, sent in report.flows
+    ]
+    head = f"rank {report.rank} sends most, {format_bytes(report.sent)} a step:"
+    silent = f"\nnot said by {', '.join(report.silent)}" if report.silent else ""
+    return f"{head}\n{table(('COLLECTIVE', 'GROUP', 'RANKS', 'OF WHAT', 'PAYLOAD', 'SENT'), rows)}{silent}"
 
 
 def _write(path: Path, text: str) -> None:

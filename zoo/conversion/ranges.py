@@ -86,7 +86,7 @@ class Files:
 
     def _fill(self, file: Path, view: memoryview, position: int) -> None:
         descriptor = self._descriptor(file)
-        if len(view) > _ROW and not os.environ.get("NOADV"):
+        if len(view) > _ROW:
             os.posix_fadvise(descriptor, position + _AHEAD, len(view), os.POSIX_FADV_WILLNEED)
         try:
             while view:

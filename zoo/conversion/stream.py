@@ -1,8 +1,9 @@
 """Tensors from a source into files, block by block, by several threads; each block is read back and compared.
 
-A block is read at its place in the source, cast, summed (CRC-32), and written at its place in the target: no thread
-holds more than one, and none waits for another. Reading back goes through the header that was written, and mostly
-through the page cache: it finds what this program did wrong, not what a disk loses later.
+A block is read at its place in the source, cast, and written at its place in the target; when 256 MiB are, they are
+read on both sides once more and compared while the next are written: a thread holds two blocks, and none waits for
+another. Reading back mostly goes through the page cache: it finds what this program did wrong, not what a disk loses
+later.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.conversion.hub_source import HubSource
+from zoo.conversion.headers import read_header
 from zoo.conversion.unfinished import Journal, sync
 from zoo.conversion.writer import BLOCK_BYTES, Block, Outgoing, Shard
 from zoo.core.contracts import TensorSource
@@ -44,7 +45,6 @@ class Stream:
         self._journal = journal
         self._threads = threads
         self._tick = tick
-        self._checksums = dict(journal.found)
         self._writing = threading.Lock()
 
     def write(self, shards: Sequence[Shard]) -> None:
@@ -56,30 +56,30 @@ class Stream:
         with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as reader:
             waiting: list[Future[None]] = []
             for shard in shards:
-                waiting += self._fill(shard, disk)
-                # Compared while the next one is written.
-                waiting.append(reader.submit(self._check, shard))
+                self._start(shard)
+                for run in _runs(list(shard.blocks())):
+                    self._write(shard, [block for block in run if not self._found(shard, block)])
+                    waiting.append(disk.submit(sync, self._directory / shard.name))
+                    waiting.append(reader.submit(self._check, shard, run))
             for done in waiting:
                 done.result()
 
-    def _fill(self, shard: Shard, disk: ThreadPoolExecutor) -> Sequence[Future[None]]:
-        """Write what the journal lacks of a shard, which is put on the disk meanwhile."""
-        blocks, file = list(shard.blocks()), self._directory / shard.name
-        todo = [block for block in blocks if (shard.name, block.offset) not in self._checksums]
-        self._tick(sum(block.length for block in blocks) - sum(block.length for block in todo))
-        syncs = []
-        for run in _runs(todo):
-            self._write(shard, run)
-            syncs.append(disk.submit(sync, file))
-        if file.stat().st_size != shard.size:
-            os.truncate(file, shard.size)
-        return syncs
+    def _start(self, shard: Shard) -> None:
+        """The file in its full size, and a header that says to a reader what is to be written where."""
+        file = self._directory / shard.name
+        with _opened(file) as descriptor:
+            _write_all(descriptor, memoryview(shard.header), 0)
+            if os.fstat(descriptor).st_size != shard.size:
+                os.ftruncate(descriptor, shard.size)
+        places = {name: tensor.start for name, tensor in read_header(file).tensors.items()}
+        if places != shard.places:
+            raise DataError(f"{file} reads back with another header than was written; check the disk and try again")
 
-    def _check(self, shard: Shard) -> None:
-        """Compare a shard as it is now. Blocks of an earlier attempt may be lost; they are written again."""
-        wrong = self._differing(shard, list(shard.blocks()))
+    def _check(self, shard: Shard, run: Sequence[Block]) -> None:
+        """Compare what was written. Blocks of an earlier attempt may be lost; they are written again."""
+        wrong = self._differing(shard, run)
         # A machine that went down may have kept the journal and lost the bytes.
-        lost = [block for block in wrong if (shard.name, block.offset) in self._journal.found]
+        lost = [block for block in wrong if self._found(shard, block)]
         if lost:
             self._write(shard, lost)
             sync(self._directory / shard.name)
@@ -89,37 +89,41 @@ class Stream:
                 f"{wrong[0].tensor.name} reads back differently from what was written; check the disk and try again"
             )
 
-    def _write(self, shard: Shard, blocks: Sequence[Block]) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._directory / shard.name, flags, 0o666)
-        try:
-            _write_all(descriptor, memoryview(shard.header), 0)
-            in_parallel(self._threads, partial(self._write_block, shard, descriptor), blocks)
-        finally:
-            os.close(descriptor)
+    def _found(self, shard: Shard, block: Block) -> bool:
+        """Whether an earlier attempt wrote it."""
+        return (shard.name, block.offset) in self._journal.found
 
-    def _write_block(self, shard: Shard, descriptor: int, block: Block, buffer: Tensor) -> None:
-        data = _bytes(_cast(self._source.read(block.tensor.name, block.index, buffer), block.tensor))
-        total = zlib.crc32(data)
-        # A file takes one write at a time; who waits here leaves the processor to who reads.
-        with self._writing:
-            _write_all(descriptor, data, block.offset)
-        self._journal.add(shard.name, block.offset, total)
-        self._checksums[shard.name, block.offset] = total
-        self._tick(block.length)
+    def _write(self, shard: Shard, blocks: Sequence[Block]) -> None:
+        def write(block: Block, buffer: Tensor) -> None:
+            data = _bytes(self._block(block, buffer))
+            # A file takes one write at a time; who waits here leaves the processor to who reads.
+            with self._writing:
+                _write_all(descriptor, data, block.offset)
+            self._journal.add(shard.name, block.offset)
+            self._tick(block.length)
+
+        with _opened(self._directory / shard.name) as descriptor:
+            in_parallel(self._threads, write, blocks)
 
     def _differing(self, shard: Shard, blocks: Sequence[Block]) -> list[Block]:
-        """Blocks that a reader of the file finds with other bytes."""
-        written, wrong = HubSource.single(self._directory / shard.name), list[Block]()
+        """Blocks that have other bytes in the file than they should."""
+        wrong = list[Block]()
 
         def compare(block: Block, buffer: Tensor) -> None:
-            found = zlib.crc32(_bytes(written.read(block.tensor.name, block.index, buffer)))
-            if found != self._checksums[shard.name, block.offset]:
+            written = buffer[-BLOCK_BYTES:][: block.length].numpy()
+            count = os.preadv(descriptor, [written.data], block.offset)
+            expected = np.frombuffer(_bytes(self._block(block, buffer[:-BLOCK_BYTES])), np.uint8)
+            if count != block.length or not np.array_equal(written, expected):
                 wrong.append(block)
             self._tick(block.length)
 
-        in_parallel(self._threads, compare, blocks)
+        with _opened(self._directory / shard.name) as descriptor:
+            in_parallel(self._threads, compare, blocks)
         return wrong
+
+    def _block(self, block: Block, buffer: Tensor) -> Tensor:
+        """Its values as they are to be written."""
+        return _cast(self._source.read(block.tensor.name, block.index, buffer), block.tensor)
 
 
 def checksum(source: TensorSource, tensor: Outgoing, tick: Tick = lambda _count: None) -> int:
@@ -175,8 +179,20 @@ def _runs(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
 
 
 def _buffer() -> Tensor:
-    """Room for a block in any dtype. Blocks from malloc would be kept by its arenas, some of them for each thread."""
-    return torch.empty(_WIDEST * BLOCK_BYTES, dtype=torch.uint8)
+    """Room for a block in any dtype, and one more as it is written.
+
+    Blocks from malloc would be kept by its arenas, some of them for each thread.
+    """
+    return torch.empty((_WIDEST + 1) * BLOCK_BYTES, dtype=torch.uint8)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -21,6 +21,8 @@ from zoo.core.units import format_duration
 
 STORED = "stored"
 """`--dtype stored`: each tensor in its own type."""
+_TOO_WIDE, _WIDEST = "float64", "float32"
+"""A run may compute in the one; the other is the widest that is published, and all that vLLM knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ def transfer(
 def written_dtype(opened: Opened, asked: str | None) -> str | None:
     """What tensors are cast to; None to leave each as it is. Raises DataError if they differ and nothing is said.
 
-    A tensor of another type than the rest is mostly a damaged one.
+    A tensor of another type than the rest is mostly a damaged one. Of a run in float64, float32 is written.
     """
     if asked is not None:
         return None if asked == STORED else asked
@@ -112,7 +114,7 @@ def written_dtype(opened: Opened, asked: str | None) -> str | None:
             f"{tensors}: {name} is {odd}, and most tensors are {usual}; --dtype {usual} makes all alike, "
             f"--dtype {STORED} leaves each as it is"
         )
-    return None
+    return _WIDEST if opened.checkpoint.own_names and _TOO_WIDE in dtypes.values() else None
 
 
 def _report(out: Path, seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 It grows as `.OUT.unfinished` beside OUT, with a journal of what is in it, and is renamed at the end. The journal is
 locked, so that one process at a time writes there; its first line says of what conversion it is, the others which
-blocks are written, with their CRC-32.
+blocks are written.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _Key = tuple[str, int]
 
 
 class Journal:
-    """Blocks that were written, by file name and offset, each with its CRC-32."""
+    """Blocks that were written, by file name and offset."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         lines = _whole_lines(descriptor)
         self.fingerprint = lines[0] if lines else ""
-        self.found: dict[_Key, int] = dict(filter(None, map(_parsed, lines[1:])))
+        self.found: set[_Key] = set(filter(None, map(_parsed, lines[1:])))
         self.empty = not self.found
 
     def start(self, fingerprint: str) -> None:
         """Forget everything: a journal of that conversion, with nothing done."""
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"{fingerprint}\n".encode())
-        self.fingerprint, self.found, self.empty = fingerprint, {}, True
+        self.fingerprint, self.found, self.empty = fingerprint, set(), True
 
-    def add(self, file: str, offset: int, checksum: int) -> None:
+    def add(self, file: str, offset: int) -> None:
         """Called once the bytes were written. Several threads may call it at once."""
         self.empty = False
-        line = f"{checksum:08x} {offset} {file}\n".encode()
+        line = f"{offset} {file}\n".encode()
         if os.write(self._descriptor, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -161,9 +161,6 @@ def _whole_lines(descriptor: int) -> list[str]:
     return whole.splitlines()
 
 
-def _parsed(line: str) -> tuple[_Key, int] | None:
-    try:
-        checksum, offset, file = line.split(" ", 2)
-        return (file, int(offset)), int(checksum, 16)
-    except ValueError:
-        return None
+def _parsed(line: str) -> _Key | None:
+    offset, _, file = line.partition(" ")
+    return (file, int(offset)) if file and offset.isdecimal() else None

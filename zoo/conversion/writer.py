@@ -75,11 +75,19 @@ class Shard:
         """Bytes of the file."""
         return len(self.header) + sum(tensor.length for tensor in self.tensors)
 
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """The first byte of each tensor in the file."""
+        found, offset = {}, len(self.header)
+        for tensor in self._ordered:
+            found[tensor.name] = offset
+            offset += tensor.length
+        return found
+
     def blocks(self) -> Iterator[Block]:
         """All of its tensors' bytes, in the order of the file."""
-        offset = len(self.header)
         for tensor in self._ordered:
-            item = BYTES[tensor.dtype]
+            offset, item = self.places[tensor.name], BYTES[tensor.dtype]
             for index in row_blocks(whole(tensor.shape), values=BLOCK_BYTES // item):
                 length = item * math.prod(part.stop - part.start for part in index)
                 yield Block(tensor, index, offset, length)

@@ -18,12 +18,15 @@ from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
 from zoo.core.job import Job
 from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch, quiet_launcher
+from zoo.core.layout_auto import with_degrees
+from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
 from zoo.core.mesh_drawing import draw_svg, draw_text
 from zoo.core.plugins import Plugins
-from zoo.core.prepare import Prepared, prepare, with_recipe
+from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
+from zoo.core.traffic_report import Report, report
 from zoo.core.train import train
 from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, LoneHeart
@@ -121,18 +124,49 @@ def _among_others(job: Job, plugins: Plugins) -> Path:
         raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
 
 
-def layout(model: str | None, flags: Mapping[str, Any], *, nodes: int | None, gpus_per_node: int) -> tuple[str, str]:
+def layout(
+    plugins: Plugins,
+    model: str | None,
+    flags: Mapping[str, Any],
+    *,
+    nodes: int | None,
+    gpus_per_node: int,
+    gpu_memory: float,
+) -> tuple[str, str]:
     """The mesh of a job as text and as SVG; by arithmetic alone, so also for axes that no adapter serves yet.
 
-    `nodes` of `gpus_per_node` ranks are filled if given; else there are as many ranks as the degrees need.
+    `nodes` of `gpus_per_node` ranks are filled if given; else there are as many ranks as the degrees need. With
+    `--layout auto` degrees are chosen for a model on such nodes, one if not said, with `gpu_memory` GB a rank.
     """
-    # The name of a model has no part in it.
+    # The name of a model has no part in it, unless degrees are to be chosen for it.
     job = Job.from_settings(*from_flags(model or "any", flags))
+    if job.layout.degrees == "auto":
+        return _chosen_layout(plugins, model, flags, (nodes or 1, gpus_per_node), gpu_memory)
     if nodes is None:
         degrees = resolve_degrees(job.layout, world_size=None, available=None)
     else:
         degrees = fill_nodes(job.layout, nodes, gpus_per_node)
     return draw_text(degrees, gpus_per_node), draw_svg(degrees, gpus_per_node)
+
+
+def _chosen_layout(
+    plugins: Plugins, model: str | None, flags: Mapping[str, Any], nodes: tuple[int, int], gpu_memory: float
+) -> tuple[str, str]:
+    """As `layout`, for degrees that are chosen, and why they are."""
+    registry = Registry(plugins)
+    machine = Machine(
+        ranks=nodes[0] * nodes[1], said="these nodes are", per_node=nodes[1], memory=int(gpu_memory * 1e9)
+    )
+    job, case = elsewhere(with_recipe(registry, *from_flags(model, flags)), registry, machine)
+    job, notes = with_degrees(job, case)
+    degrees = case.agreed(job).degrees
+    why = "\n".join(f"{topic:<14}{sentence}" for topic, sentence in notes)
+    return f"{why}\n\n{draw_text(degrees, nodes[1])}", draw_svg(degrees, nodes[1])
+
+
+def traffic(prepared: Prepared) -> Report:
+    """What the rank that sends most sends in a step."""
+    return report(prepared)
 
 
 def head(prepared: Prepared) -> list[str]:

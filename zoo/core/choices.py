@@ -8,23 +8,20 @@ from typing import TypeVar
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
-    LayoutRequest,
     MemoryPolicy,
     ModelConfig,
     ParallelAdapter,
-    Setup,
 )
 from zoo.core.device import accelerator_type, memory_bytes, num_cores
 from zoo.core.errors import UsageError
 from zoo.core.job import Job
-from zoo.core.mesh import AXES, Degrees
+from zoo.core.mesh import Degrees
 from zoo.core.plugins import PluginStatus
 from zoo.core.registry import Registry
+from zoo.core.state_memory import BYTES
 from zoo.core.suggest import did_you_mean
 
 Named = TypeVar("Named")
-
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def choose_attention(
@@ -54,28 +51,6 @@ def choose_attention(
     )
 
 
-def check_layout(registry: Registry, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:
-    """The adapters that apply, after each of them and every plugin agreed to the layout. Raises UsageError."""
-    served = {axis for entry in registry.parallel_adapters for axis in entry.axes}
-    for axis in (*AXES, "ep"):
-        if request.degrees[axis] > 1 and axis not in served:
-            raise UsageError(
-                f"--{axis.replace('_', '-')} {request.degrees[axis]}: no plugin here serves the axis '{axis}'; "
-                f"axes served: {', '.join(sorted(served)) or 'none'}"
-            )
-    every: list[ParallelAdapter] = [
-        registry.parallel_adapters.load(name)() for name in registry.parallel_adapters.names()
-    ]
-    adapters = [adapter for adapter in every if adapter.applies(request.degrees, setup)]
-    _check_applied(request.degrees, adapters, setup)
-    objections = [adapter.check(request) for adapter in adapters]
-    objections += [f"{sentence} (says plugin {plugin})" for plugin, sentence in registry.check_layout(request)]
-    first = next((objection for objection in objections if objection), None)
-    if first:
-        raise UsageError(first)
-    return adapters
-
-
 def choose_data_parallel(job: Job, registry: Registry) -> str:
     """The adapter asked for, of those that serve dp_shard; `auto` is fsdp, or the first one where it is missing.
 
@@ -94,17 +69,6 @@ def choose_data_parallel(job: Job, registry: Registry) -> str:
     return wanted
 
 
-def _check_applied(degrees: Mapping[str, int], adapters: Sequence[ParallelAdapter], setup: Setup) -> None:
-    """Every rank has a meaning: each axis in use is served, and somebody adds up gradients wherever rows are cut."""
-    needed = {axis for axis in (*AXES, "ep") if degrees[axis] > 1} | ({"dp_shard"} if degrees["cp"] > 1 else set())
-    idle = sorted(needed - {axis for adapter in adapters for axis in adapter.axes})
-    if idle:
-        raise UsageError(
-            f"--data-parallel {setup.data_parallel}: no adapter that applies serves the axis '{idle[0]}', so its ranks "
-            f"would not add up their gradients; see `zoo plugins`"
-        )
-
-
 def choose_policy(
     job: Job, registry: Registry, config: ModelConfig, degrees: Degrees, dtype: str
 ) -> tuple[MemoryPolicy, str]:
@@ -118,7 +82,7 @@ def choose_policy(
     if not policies:
         raise UsageError("no plugin provides a memory policy; see `zoo plugins`")
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
-    saved = {name: policy.saved_bytes(config, tokens, _BYTES[dtype]) for name, policy in policies.items()}
+    saved = {name: policy.saved_bytes(config, tokens, BYTES[dtype]) for name, policy in policies.items()}
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
     name = registry.select_memory_policy(saved, budget, list(policies)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"

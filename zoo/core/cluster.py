@@ -11,6 +11,7 @@ from zoo.core.contracts import ModelEntry
 from zoo.core.errors import DataError, UsageError
 from zoo.core.flags import from_flags
 from zoo.core.job import Job, LayoutSection
+from zoo.core.machine import Machine
 from zoo.core.mesh import AXES, Degrees, resolve_degrees
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import prepare, with_recipe
@@ -42,7 +43,8 @@ def check_for_nodes(
     open_origin(known, registry)
     if job.data.path and not _is_here(job.data.path, registry):
         return job, _unchecked(f"--data {job.data.path}")
-    prepare(known.replace("attention", backend="auto"), registry, world_size=ranks)
+    there = Machine(ranks=ranks, per_node=gpus_per_node)
+    prepare(known.replace("attention", backend="auto"), registry, machine=there)
     return job, None
 
 

@@ -13,7 +13,7 @@ from zoo.core.attention.row_layout import row_layout
 from zoo.core.choices import first_reason
 from zoo.core.contracts import AttentionProblem, ContextScheme, Forecast, LayoutRequest
 from zoo.core.device import attention_flops, link_bytes
-from zoo.core.errors import UsageError
+from zoo.core.errors import LayoutError, UsageError
 from zoo.core.job import Job
 from zoo.core.registry import Registry
 from zoo.core.units import format_bytes, format_duration
@@ -47,6 +47,38 @@ def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tupl
         where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(request.windows) > 1 or kind else ""
         notes.append(f"{scheme.name}{where} ({why})")
     return schemes, " and ".join(notes)
+
+
+def able_schemes(job: Job, registry: Registry, request: LayoutRequest) -> dict[int | None, ContextScheme]:
+    """A scheme that can for each window that layers have, without weighing them; empty without `--cp`.
+
+    Raises LayoutError if there is none, or if the one asked for cannot.
+    """
+    plain, windowed = _wanted(job, registry)
+    degree = request.degrees["cp"]
+    if degree == 1:
+        return {}
+    return {
+        window: _first_able(registry, request)
+        if (wanted := plain if window is None else windowed) == "auto"
+        else _asked_for(registry, request, wanted, degree)
+        for window in request.windows
+    }
+
+
+def _first_able(registry: Registry, request: LayoutRequest) -> ContextScheme:
+    reasons = []
+    for name in registry.context_schemes.names():
+        scheme = load_scheme(registry, name)
+        reason = _reason(scheme, request)
+        if reason is None:
+            return scheme
+        reasons.append(reason)
+    raise LayoutError(reasons[0] if reasons else _no_scheme(request))
+
+
+def _no_scheme(request: LayoutRequest) -> str:
+    return f"--cp {request.degrees['cp']} needs a context scheme and no plugin provides one; see `zoo plugins`"
 
 
 def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
@@ -113,7 +145,7 @@ def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: 
     scheme = load_scheme(registry, wanted)
     reason = _reason(scheme, request)
     if reason is not None:
-        raise UsageError(f"--cp-scheme {wanted} with --cp {degree}: {reason}")
+        raise LayoutError(f"--cp-scheme {wanted} with --cp {degree}: {reason}")
     return scheme
 
 
@@ -124,13 +156,11 @@ def _reason(scheme: ContextScheme, request: LayoutRequest) -> str | None:
 
 
 def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:
-    degree = request.degrees["cp"]
     schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
     reasons = {name: _reason(scheme, request) for name, scheme in schemes.items()}
     able = {name: scheme for name, scheme in schemes.items() if reasons[name] is None}
     if not able:
-        first = next(iter(reasons.values()), None)
-        raise UsageError(first or f"--cp {degree} needs a context scheme and no plugin provides one; see `zoo plugins`")
+        raise LayoutError(next(iter(reasons.values()), None) or _no_scheme(request))
     mask = Mask.whole(request.seq, causal=job.attention.mask != "full").with_window(window)
     costs = forecasts(able, request, mask, balance=job.layout.cp_balance, wire=job.layout.cp_wire)
     name = registry.select_context_scheme(request, window, costs) or min(costs, key=lambda n: costs[n].seconds)

@@ -40,6 +40,7 @@ from zoo.core.formats import (
     Tracker as Tracker,
 )
 from zoo.core.plan import (
+    BlockShape as BlockShape,
     ExpertShape as ExpertShape,
     Losses as Losses,
     ParallelPlan as ParallelPlan,
@@ -300,6 +301,10 @@ class LayoutRequest:
     """Modules that the plan's `tensor` cuts, as globs, and how long the dim is that is cut; empty without `tp`."""
     sequence_parallel: bool = True
     """Whether `tp` also cuts what sees tokens one by one."""
+    reshard: bool = True
+    """Whether a block's weights are to be given up after its forward."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
     @property
     def problems(self) -> tuple[AttentionProblem, ...]:
@@ -324,17 +329,22 @@ class Setup:
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
     sequence_parallel: bool = True
     """Whether tensor parallelism cuts the residual on tokens."""
+    overlap_tensor: bool = False
+    """Whether products of `tp` overlap their messages."""
 
 
 class ParallelAdapter(Protocol):
-    """How one kind of parallelism changes a built model, from outside. May be `zoo.core.order.Accumulating` too."""
+    """How one kind of parallelism changes a built model, from outside.
+
+    May be `zoo.core.order.Accumulating` and `zoo.core.state_memory.Holding` too.
+    """
 
     name: str
     axes: tuple[str, ...]
     phase: Phase
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or why this layout cannot work, with the nearest that does. Host only."""
+        """None, or why this layout cannot work; core finds the nearest that do. Host only, and cheap: asked often."""
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Whether there is anything to do, usually: one of its axes exceeds 1."""

@@ -18,6 +18,21 @@ class UsageError(ZooError):
     exit_code = 2
 
 
+class LayoutError(UsageError):
+    """Degrees that cannot be. `reason` says why, `hint` what to type instead, as far as whoever raises it knows."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(f"{reason}; {hint}" if hint else reason)
+        self.reason = reason
+        self.hint = hint
+
+
+class FitError(ZooError):
+    """A job that needs more memory than the machine has."""
+
+    exit_code = 3
+
+
 class PluginError(ZooError):
     """A plugin is missing, broken, or clashes with another."""
 

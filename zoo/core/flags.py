@@ -20,6 +20,8 @@ class Flag:
     key: str
     help: str
     metavar: str = "TEXT"
+    switch: bool = False
+    """Typed without a value, which is then true."""
 
     @property
     def keyword(self) -> str:
@@ -38,6 +40,8 @@ FLAGS = (
     Flag("overlong", "data.overlong", "samples longer than a row: error, split, truncate or drop"),
     Flag("loss-on", "data.loss_on", "what is trained in a conversation: assistant, last, completion or all"),
     Flag("chat-template", "data.chat_template", "jinja file to use instead of the tokenizer's own template", "FILE"),
+    Flag("layout", "layout.degrees", "auto: choose the degrees that are not given, and say why", "auto"),
+    Flag("nproc", "launch.nproc", "ranks to start on this machine; its accelerators if not given", "N"),
     Flag("cp", "layout.cp", "context-parallel degree: ranks that share a row", "N"),
     Flag("tp", "layout.tp", "tensor-parallel degree", "N"),
     Flag("pp", "layout.pp", "pipeline-parallel degree", "N"),
@@ -53,6 +57,7 @@ FLAGS = (
     Flag("steps", "schedule.steps", "optimizer steps", "N"),
     Flag("lr", "optim.lr", "peak learning rate", "RATE"),
     Flag("dtype", "model.dtype", "arithmetic: float32, bfloat16 or float64"),
+    Flag("deterministic", "model.deterministic", "the same run twice gives the same bits; slower", switch=True),
     Flag("seed", "data.seed", "seed of data order and random weights", "N"),
     Flag("save-every", "checkpoint.every", "steps between checkpoints", "N"),
     Flag("keep", "checkpoint.keep", "finished checkpoints to keep", "N"),

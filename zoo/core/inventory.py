@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.core.contracts import ModelSpec, TensorSource
+from zoo.core.contracts import BlockShape, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
-from zoo.core.seams import find
+from zoo.core.seams import find, matches
+from zoo.core.state_memory import ModelValues, Values
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and no model reads."""
@@ -43,18 +44,56 @@ def rule_book(
     return min(books, key=lambda book: len(names ^ book.hub_shapes.keys()))
 
 
-def cut_widths(spec: ModelSpec, config: Any) -> list[tuple[str, int]]:
+def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) -> list[tuple[str, int]]:
     """What the plan's `tensor` cuts, as globs, and the length of the dim that is cut, each once; nothing is allocated.
 
     Raises UsageError if a glob matches nothing.
     """
-    model = meta_model(spec, config)
+    model = model or meta_model(spec, config)
     found: dict[tuple[str, int], None] = {}
     for glob, style in spec.plan(config).tensor.items():
         if style != "sequence":
             weights = (model.get_submodule(name).get_parameter("weight") for name in find(model, glob))
             found |= dict.fromkeys((glob, weight.shape[1 if style == "rowwise" else 0]) for weight in weights)
     return list(found)
+
+
+def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
+    """How many values each block and the rest have, by what may cut them. A tied parameter counts once."""
+    blocks = dict.fromkeys(find(model, plan.block), Values())
+    ends = Values()
+    cut = [glob for glob, style in plan.tensor.items() if style != "sequence"]
+    for name, parameter in model.named_parameters():
+        holders = [name[:i] for i, c in enumerate(name) if c == "."]
+        if any(matches(holder, glob) for holder in holders for glob in plan.expert):
+            values = Values(expert=parameter.numel())
+        elif any(matches(holder, glob) for holder in holders[-1:] for glob in cut):
+            values = Values(cut=parameter.numel())
+        else:
+            values = Values(rest=parameter.numel())
+        block = next((holder for holder in holders if holder in blocks), None)
+        if block is None:
+            ends = ends.plus(values)
+        else:
+            blocks[block] = blocks[block].plus(values)
+    return ModelValues(blocks=tuple(blocks.values()), ends=ends)
+
+
+def block_shapes(model: nn.Module, plan: ParallelPlan) -> tuple[tuple[BlockShape, ...], int]:
+    """The blocks in order, and the matrix values of what only the last stage of a pipeline needs."""
+    seams = {seam: find(model, glob) for seam, glob in plan.seams.items()}
+    blocks = tuple(
+        BlockShape(
+            matrix_values=_matrix_values(model.get_submodule(block)),
+            seams=frozenset(s for s, names in seams.items() if any(n.startswith(f"{block}.") for n in names)),
+        )
+        for block in find(model, plan.block)
+    )
+    return blocks, sum(_matrix_values(model.get_submodule(name)) for glob in plan.last for name in find(model, glob))
+
+
+def _matrix_values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
 
 def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule, ...]:

@@ -30,6 +30,8 @@ class ModelSection:
     """Hub id or directory; `scratch` for random weights."""
     dtype: str = "auto"
     """Type of the arithmetic: float32, bfloat16 or float64. Weights and optimizer state are never below float32."""
+    deterministic: bool = False
+    """Sums in a fixed order everywhere, so that the same run twice is the same bit for bit, at some cost in speed."""
     overrides: Mapping[str, Any] = field(default_factory=dict, metadata={"key": None})
 
 
@@ -79,14 +81,16 @@ class ScheduleSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSection:
-    """Degrees of the mesh axes. Unset data-parallel degrees fill the machine."""
+    """Degrees of the mesh axes: 1 if unset, but dp_shard fills the machine."""
 
-    pp: int = 1
-    dp_replicate: int = 1
+    pp: int | None = None
+    dp_replicate: int | None = None
     dp_shard: int | None = None
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1
+    cp: int | None = None
+    tp: int | None = None
+    ep: int | None = None
+    degrees: str | None = None
+    """auto: those that are unset are chosen for the model, the rows and the machine."""
     data_parallel: str = "auto"
     """How weights live over dp_replicate x dp_shard x cp: fsdp, zero1, ddp; auto is fsdp."""
     reshard: bool = True
@@ -105,6 +109,8 @@ class LayoutSection:
     """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
     sequence_parallel: bool = True
     """With tp: norms and the residual are cut on tokens over its ranks."""
+    overlap_tensor: bool = False
+    """With tp on CUDA: matrix products go in pieces beside their messages, by torch's symmetric memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +147,8 @@ class CheckpointSection:
 class LaunchSection:
     """How ranks are kept alive; changes nothing that is computed."""
 
+    nproc: int | None = None
+    """Ranks to start on this machine; its accelerators, or what the degrees ask for, if unset."""
     max_restarts: int = 0
     """Times that ranks are started again, from the last finished checkpoint, after one died or hung."""
 

@@ -10,6 +10,9 @@ _SHARED = {
     "fsdp": _OUTSIDE_FSDP,
     "efsdp": (*_OUTSIDE_FSDP, "ep"),
     "ep": (*_OUTSIDE_FSDP, "efsdp"),
+    "ddp": ("pp", "tp"),
+    "eddp": ("pp", "tp", "ep"),
+    "world": (),
 }
 """The coordinates that ranks of a group have in common, by axis."""
 

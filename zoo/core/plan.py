@@ -39,6 +39,17 @@ class ExpertShape:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    per_token: int = 1
+    """How many of them a token goes to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """What a pipeline must know of a block to deal it out."""
+
+    matrix_values: int
+    seams: frozenset[SeamName] = frozenset()
+    """Those that lie in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +63,10 @@ class PipelineSetup:
     """Of a step, on each data-parallel rank."""
     scores: tuple[float, ...] = ()
     """Of each attention layer, what a token's scores cost beside a weight matrix: twice width times keys seen."""
+    blocks: tuple[BlockShape, ...] = ()
+    """In order; empty without a pipeline."""
+    last_values: int = 0
+    """Values of the matrices that only the last stage needs."""
 
 
 class Losses(NamedTuple):

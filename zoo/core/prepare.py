@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,28 +11,24 @@ from typing import Any
 
 from zoo.core.attention.row_layout import BALANCES
 from zoo.core.batch import MASKS
-from zoo.core.choices import check_layout, choose_attention, choose_data_parallel, choose_policy, describe_layout
+from zoo.core.choices import choose_attention, choose_policy, describe_layout
 from zoo.core.context_choice import choose_schemes, settled
 from zoo.core.contracts import (
     AttentionBackend,
-    AttentionProblem,
-    ContextScheme,
-    ContextSetup,
-    HeadShape,
     HubCheckpoint,
-    LayoutRequest,
     MemoryPolicy,
     ModelEntry,
     ModelSpec,
     ParallelAdapter,
-    PipelineSetup,
     Setup,
 )
-from zoo.core.device import accelerator_type, num_accelerators
+from zoo.core.device import accelerator_type
 from zoo.core.errors import UsageError
-from zoo.core.inventory import cut_widths
 from zoo.core.job import Job, Settings
-from zoo.core.mesh import Degrees, resolve_degrees
+from zoo.core.layout_auto import with_degrees
+from zoo.core.layout_check import LayoutCase, context_setup
+from zoo.core.machine import Machine
+from zoo.core.mesh import Degrees
 from zoo.core.registry import Registry
 from zoo.core.rows import open_source
 from zoo.core.sources import Origin, open_origin
@@ -48,6 +43,7 @@ _CHOICES = {
     "data.overlong": (None, "error", "split", "truncate", "drop"),
     "data.loss_on": ("assistant", "completion", "last", "all"),
     "attention.mask": MASKS,
+    "layout.degrees": (None, "auto"),
     "layout.cp_balance": BALANCES,
     "layout.cp_wire": (None, "bfloat16", "float16", "float32"),
 }
@@ -99,10 +95,11 @@ class Prepared:
         return files | {"config.json": json.dumps(dict(self.hub_config), indent=2).encode()}
 
 
-def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> Prepared:
+def prepare(job: Job, registry: Registry, *, world_size: int | None = None, machine: Machine | None = None) -> Prepared:
     """Decide everything that is open in a job and check the whole. Host only; the same answer on every rank.
 
-    `world_size` is given inside a launcher. Raises UsageError, PluginError or DataError.
+    `world_size` is given inside a launcher, `machine` where it is not this one. Raises UsageError, FitError,
+    PluginError or DataError.
     """
     _check_values(job)
     origin = open_origin(job, registry)
@@ -112,23 +109,32 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
     for tracker in job.log.track:
         registry.trackers.get(tracker)
     job, hub_config, config, longer = _for_length(job, origin, registry)
-    degrees = resolve_degrees(job.layout, world_size=world_size, available=num_accelerators() or None)
-    job, global_batch = _with_batch(job, degrees)
+    _check_windows(job, origin, config)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
-    request = _request(job, origin, config, degrees, global_batch, dtype)
+    case = LayoutCase(
+        registry=registry,
+        machine=machine or Machine.here(world_size=world_size, nproc=job.launch.nproc),
+        name=origin.entry.name,
+        spec=origin.spec,
+        config=config,
+        dtype=dtype,
+        deterministic=job.model.deterministic,
+    )
+    job, why_degrees = with_degrees(job, case) if job.layout.degrees == "auto" else (job, ())
+    agreed = case.agreed(job)
+    job, degrees, request = agreed.job, agreed.degrees, agreed.request
     backend, why_backend = choose_attention(job, registry, request.problems)
     schemes, why_schemes = choose_schemes(job, registry, request)
-    job = job.replace("layout", data_parallel=choose_data_parallel(job, registry))
-    setup = replace(_setup(job, schemes, request.windows, dtype), pipeline=request.pipeline)
-    adapters = check_layout(registry, replace(request, schemes=schemes), setup)
+    setup = replace(agreed.setup, context=context_setup(job, schemes, request.windows))
     policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
     job = settled(_settled(job, dtype, degrees, backend, policy), schemes)
     job = job.replace("checkpoint", out=job.checkpoint.out or _default_out(job, origin))
     notes = (
         ("run", f"{job.checkpoint.out} (the same command resumes it)"),
         ("model", f"{origin.entry.name} {origin.size}, {origin.sentence}{longer}"),
-        ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {global_batch} a step"),
-        ("layout", describe_layout(adapters, degrees)),
+        ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {agreed.global_batch} a step"),
+        ("layout", describe_layout(agreed.adapters, degrees)),
+        *why_degrees,
         ("attention", why_backend),
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
@@ -140,14 +146,29 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None) -> P
         config=config,
         hub_config=hub_config,
         degrees=degrees,
-        global_batch=global_batch,
+        global_batch=agreed.global_batch,
         setup=setup,
         backend=backend,
         windows=request.windows,
-        adapters=adapters,
+        adapters=agreed.adapters,
         policy=policy,
         notes=notes,
     )
+
+
+def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, LayoutCase]:
+    """What a layout of accelerators that are not here is checked against: sizes are known without weights and data.
+
+    The job comes back with its row length. Raises UsageError, PluginError or DataError.
+    """
+    entry: ModelEntry = registry.models.get(job.model.name)
+    if job.model.source is None and job.model.size is None:
+        job = job.replace("model", size=entry.default_size)
+    origin = open_origin(job, registry, needs_weights=False)
+    job, _hub_config, config, _longer = _for_length(job, origin, registry)
+    dtype = "bfloat16" if job.model.dtype == "auto" else job.model.dtype
+    case = LayoutCase(registry=registry, machine=machine, name=entry.name, spec=origin.spec, config=config, dtype=dtype)
+    return job, case
 
 
 def with_recipe(registry: Registry, *layers: Settings) -> Job:
@@ -199,88 +220,14 @@ def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict
     return job, longer, spec.parse(longer), f"{said} ({changed}{f', by plugin {by.label}' if by else ''})"
 
 
-def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
-    unit = degrees.dp * job.data.micro_batch
-    # A pipeline of N stages is full with N microbatches.
-    wanted = job.data.global_batch or unit * degrees.pp
-    if wanted % unit:
-        nearest = max(unit, round(wanted / unit) * unit)
-        raise UsageError(
-            f"--global-batch {wanted} must be a multiple of {degrees.dp} data-parallel ranks x "
-            f"{job.data.micro_batch} rows a microbatch = {unit}; nearest: --global-batch {nearest}"
-        )
-    return job.replace("data", global_batch=wanted), wanted
-
-
-def _request(job: Job, origin: Origin, config: Any, degrees: Degrees, global_batch: int, dtype: str) -> LayoutRequest:
-    """What adapters and plugins are asked to agree to, but for the context schemes."""
-    heads = Counter(origin.spec.heads(config))
-    return LayoutRequest(
-        degrees=degrees.mapping(),
-        seq=job.data.seq,
-        micro_batch=job.data.micro_batch,
-        model=origin.entry.name,
-        config=config,
-        problem=_problem(heads, dtype, degrees),
-        heads=dict(heads.most_common()),
-        windows=_windows(job, origin, config),
-        experts=origin.spec.experts(config),
-        widths=cut_widths(origin.spec, config) if degrees.tp > 1 else (),
-        sequence_parallel=job.layout.sequence_parallel,
-        pipeline=_pipeline(job, origin.spec, config, global_batch // degrees.dp // job.data.micro_batch),
-    )
-
-
-def _problem(heads: Counter[HeadShape], dtype: str, degrees: Degrees) -> AttentionProblem:
-    """Of the heads that most layers have, as a rank holds them; the first of several."""
-    most = heads.most_common(1)[0][0].over(degrees.tp)
-    return AttentionProblem(
-        device=accelerator_type() or "cpu",
-        dtype=dtype,
-        head_dim=most.head_dim,
-        num_heads=most.num_heads,
-        num_kv_heads=most.num_kv_heads,
-    )
-
-
-def _windows(job: Job, origin: Origin, config: Any) -> dict[int | None, int]:
-    """How many layers have which window. Raises UsageError where one has no meaning under the job's mask."""
-    windows = Counter(origin.spec.windows(config))
-    narrow = next((window for window in windows if window is not None), None)
+def _check_windows(job: Job, origin: Origin, config: Any) -> None:
+    """Raises UsageError where a sliding window has no meaning under the job's mask."""
+    narrow = next((window for window in origin.spec.windows(config) if window is not None), None)
     if narrow is not None and job.attention.mask != "causal":
         raise UsageError(
             f"attention.mask is {job.attention.mask} and {origin.entry.name} has layers with a sliding window of "
             f"{narrow} tokens, which narrows a causal mask only; leave attention.mask causal"
         )
-    return dict(windows)
-
-
-def _pipeline(job: Job, spec: ModelSpec, config: Any, microbatches: int) -> PipelineSetup:
-    """What a pipeline must know; scores are those of a row that is one document."""
-    seq = job.data.seq
-    keys = [seq / 2 if window is None else min(window, seq / 2) for window in spec.windows(config)]
-    return PipelineSetup(
-        schedule=job.layout.pp_schedule,
-        virtual=job.layout.pp_virtual,
-        microbatches=microbatches,
-        scores=tuple(2.0 * h.num_heads * h.head_dim * k for h, k in zip(spec.heads(config), keys, strict=True)),
-    )
-
-
-def _setup(
-    job: Job, schemes: Mapping[int | None, ContextScheme], windows: Mapping[int | None, int], dtype: str
-) -> Setup:
-    balance, wire = job.layout.cp_balance, job.layout.cp_wire
-    return Setup(
-        seq=job.data.seq,
-        context=ContextSetup(schemes=schemes, windows=windows, balance=balance, wire=wire) if schemes else None,
-        dtype=dtype,
-        # Weights and optimizer state are never held below fp32.
-        master_dtype="float32" if dtype == "bfloat16" else dtype,
-        data_parallel=job.layout.data_parallel,
-        reshard=job.layout.reshard,
-        sequence_parallel=job.layout.sequence_parallel,
-    )
 
 
 def _settled(
@@ -291,8 +238,8 @@ def _settled(
     policy: MemoryPolicy,
 ) -> Job:
     """The job with every choice written in, so that config.yaml runs the same again."""
-    job = job.replace("model", dtype=dtype).replace("attention", backend=backend.name)
-    return job.replace("memory", policy=policy.name).replace("layout", dp_shard=degrees.dp_shard)
+    job = job.replace("model", dtype=dtype).replace("attention", backend=backend.name).replace("launch", nproc=None)
+    return job.replace("memory", policy=policy.name).replace("layout", degrees=None, **degrees.mapping())
 
 
 def _default_out(job: Job, origin: Origin) -> str:

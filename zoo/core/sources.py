@@ -43,8 +43,11 @@ class Origin:
         return f"weights from {self.checkpoint.path}" if self.checkpoint else "random weights"
 
 
-def open_origin(job: Job, registry: Registry) -> Origin:
-    """Find and open what a job starts from. Raises UsageError, PluginError or DataError."""
+def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> Origin:
+    """Find and open what a job starts from. Raises UsageError, PluginError or DataError.
+
+    Without `needs_weights` a published size stands for its checkpoint, and nothing is said of a tokenizer.
+    """
     entry: ModelEntry = registry.models.get(job.model.name)
     spec: ModelSpec = registry.models.load(job.model.name)
     size = Origin.size_of(job, entry)
@@ -54,6 +57,15 @@ def open_origin(job: Job, registry: Registry) -> Origin:
         raise UsageError(
             f"{entry.name} has no size '{size}'{f' ({hint})' if hint else ''}. Sizes: {', '.join(known)}; "
             f"--from DIR takes a checkpoint of any other"
+        )
+    if not needs_weights and job.model.source is None:
+        return Origin(
+            entry=entry,
+            spec=spec,
+            size=size,
+            checkpoint=None,
+            hub_config=_overridden(entry.sizes[size], job, spec),
+            tokenizer_path=Path(),
         )
     source = job.model.source or entry.embedded.get(size) or entry.hub_ids.get(size)
     if source is None:

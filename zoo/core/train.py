@@ -19,6 +19,7 @@ import yaml
 from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
+from zoo.core.determinism import determinism
 from zoo.core.errors import NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
@@ -46,7 +47,8 @@ def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    with process_group(job.layout.timeout or DEFAULT_TIMEOUT_S) as device, StopSignals() as signals:
+    joined = process_group(job.layout.timeout or DEFAULT_TIMEOUT_S)
+    with determinism(job.model.deterministic), joined as device, StopSignals() as signals:
         _same_plugins(plugins)
         registry = Registry(plugins)
         prepared = prepare(job, registry, world_size=dist.get_world_size())

@@ -16,25 +16,35 @@ from zoo.core.train import train
 from zoo.core.watchdog import WatchedHeart
 
 
-def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
-    """Do what the folder named on the command line asks for, leave any error where the launcher finds it, and end."""
-    office, rank, status = Office(Path(sys.argv[1])), int(os.environ["RANK"]), 0
+def answer(work: Callable[[dict[str, Any], Office], object], folder: Path) -> int:
+    """Do as this rank what a launcher's folder asks for; returns the status to end with.
+
+    An error is left where the launcher finds it.
+    """
+    office, rank = Office(folder), int(os.environ["RANK"])
     office.check_in(rank)
     try:
         work(json.loads(office.payload.read_text()), office)
     except BaseException as error:
         office.report(rank, error)
-        status = 1
+        return 1
+    return 0
+
+
+def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
+    """`answer` the folder named on the command line, and end."""
+    status = answer(work, Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
     # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.
     os._exit(status)
 
 
-def _train(payload: dict[str, Any], office: Office) -> None:
+def train_as_asked(payload: dict[str, Any], office: Office) -> None:
+    """The work of a training run: the job and the plugins that the launcher resolved."""
     with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
         train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
 
 
 if __name__ == "__main__":
-    serve(_train)
+    serve(train_as_asked)

@@ -39,6 +39,8 @@ class AttentionProblem:
     head_dim: int
     num_heads: int
     num_kv_heads: int
+    deterministic: bool = False
+    """Whether gradients must have the same bits each time."""
 
     @property
     def heads(self) -> HeadShape:

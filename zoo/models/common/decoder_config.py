@@ -57,7 +57,7 @@ def read_decoder(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     Fields that would change the function and no family here implements (quantisation, dropout) are refused,
     unknown ones are ignored.
     """
-    fields.fixed("attention_dropout", 0, 0.0)
+    fields.fixed("attention_dropout", 0, 0.0, hint="training here drops nothing; write 0 there to train without")
     if fields.has("quantization_config"):
         raise DataError(
             "config.json: quantization_config is set: quantised weights cannot be trained; "

@@ -52,10 +52,11 @@ class Fields:
             raise self.wrong(name, "it must be true or false")
         return value
 
-    def fixed(self, name: str, *allowed: Any) -> None:
+    def fixed(self, name: str, *allowed: Any, hint: str = "") -> None:
         """A field that changes the model in a way this family does not implement, unless it is one of these."""
         if self.has(name) and self.values[name] not in allowed:
-            raise self.wrong(name, f"this family supports only {' or '.join(map(repr, allowed))}")
+            rule = f"this family supports only {' or '.join(map(repr, allowed))}"
+            raise self.wrong(name, f"{rule}; {hint}" if hint else rule)
 
     def mapping(self, name: str) -> dict[str, Any]:
         """An object, or {} where the field is absent or null."""

@@ -29,6 +29,7 @@ def experts(config: MixtralConfig) -> ExpertShape:
         num_experts=config.num_local_experts,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
+        per_token=config.num_experts_per_tok,
     )
 
 

@@ -97,7 +97,12 @@ class Cudnn(RectangleBackend):
             return f"cuDNN computes bfloat16 and float16, not {problem.dtype}"
         if problem.head_dim % 8 or problem.head_dim > 128:
             return f"cuDNN needs a head size that is a multiple of 8 up to 128, not {problem.head_dim}"
-        return None
+        # torch itself leaves it out under `use_deterministic_algorithms`.
+        return (
+            "cuDNN's backward adds in no fixed order, and --deterministic asks for one"
+            if problem.deterministic
+            else None
+        )
 
     def rectangle_forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float

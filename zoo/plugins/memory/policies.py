@@ -32,6 +32,7 @@ class RecomputeBlocks:
     """Activation checkpointing of whole blocks (Chen et al. 2016, arXiv 1604.06174)."""
 
     name: ClassVar[str] = "full"
+    forwards: ClassVar[int] = 2
 
     def apply(self, model: nn.Module, plan: ParallelPlan) -> nn.Module:
         """Replace the seam that runs blocks."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,11 @@ from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelPlan, Phase,
 from zoo.core.errors import UsageError
 from zoo.core.mesh import Mesh
 from zoo.core.seams import swap
+from zoo.core.traffic import COUNT_BYTES
+
+if TYPE_CHECKING:
+    from zoo.core.attention.mask import Mask
+    from zoo.core.traffic import Account
 
 
 class ContextParallel:
@@ -38,7 +45,7 @@ class ContextParallel:
         if not request.schemes:
             return f"--cp {degree} needs a context scheme and none was chosen; type --cp-scheme ring"
         if request.seq < degree:
-            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks; lower --cp to {request.seq}"
+            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks"
         reasons = (
             scheme.check(problem, request.seq, degree)
             for scheme in request.schemes.values()
@@ -68,17 +75,10 @@ class ContextParallel:
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """This rank's tokens, labels and positions, and its view of the mask with all plans made. Host only."""
-        cp, context = mesh["cp"], _context(setup)
-        rank = cp.get_local_rank()
-        layout = row_layout(
-            batch.mask,
-            context.windows,
-            cp.size(),
-            balance=context.balance,
-            splits_rows=any(scheme.splits_rows for scheme in context.schemes.values()),
-        )
-        sharded = ShardedMask(batch.mask, layout, rank, self._asked)
+        rank = mesh["cp"].get_local_rank()
+        sharded = _sharded(batch.mask, _context(setup), mesh["cp"].size(), rank, self._asked)
         sharded.prepare()
+        layout = sharded.layout
         return replace(
             batch,
             tokens=layout.take(batch.tokens, rank, 1),
@@ -86,6 +86,23 @@ class ContextParallel:
             positions=layout.take(batch.positions, rank, 1),
             mask=sharded,
         )
+
+    def account(self, account: Account) -> None:
+        """Add what the schemes' plans send for each attention layer here, and counts of a row."""
+        context, degree = _context(account.setup), account.size("tp")
+        attending = account.found([account.plan.seams["attention"]])
+        shapes = zip(account.spec.windows(account.config), account.spec.heads(account.config), strict=True)
+        of_layer = dict(zip(attending, shapes, strict=True))
+        layers = Counter(of_layer[name] for name in account.here(attending))
+        value, gradient = _wire_bytes(account.setup.dtype, context.wire)
+        for batch in account.batches:
+            sharded = _sharded(batch.mask, context, account.size("cp"), account.rank("cp"), set())
+            for (window, heads), number in layers.items():
+                plan = sharded.plan(context.schemes[window], window, heads.over(degree))
+                ahead, back = (sum(stage.sent for stage in way) for way in plan.stages(value, gradient))
+                account.add("send", "cp", "K/V or heads", number * (account.forwards * ahead + back))
+            if account.is_last and "row_sum" in account.plan.seams and account.experts is not None:
+                account.add("all_reduce", "cp", "counts of a row", account.experts.num_experts * COUNT_BYTES)
 
 
 class _RowSum(nn.Module):
@@ -106,6 +123,26 @@ def _context(setup: Setup) -> ContextSetup:
     if setup.context is None:
         raise UsageError("--cp needs a context scheme and none was chosen; type --cp-scheme ring")
     return setup.context
+
+
+def _sharded(mask: Mask, context: ContextSetup, degree: int, rank: int, asked: set[Question]) -> ShardedMask:
+    """A rank's view of a row."""
+    layout = row_layout(
+        mask,
+        context.windows,
+        degree,
+        balance=context.balance,
+        splits_rows=any(scheme.splits_rows for scheme in context.schemes.values()),
+    )
+    return ShardedMask(mask, layout, rank, asked)
+
+
+def _wire_bytes(dtype: str, wire: str | None) -> tuple[int, int]:
+    """Of one number of K/V and of a sum of their gradients, as `Link.carried` has them."""
+    own = getattr(torch, dtype)
+    both = own.itemsize, torch.promote_types(own, torch.float32).itemsize
+    ahead, back = (size if wire is None else min(size, getattr(torch, wire).itemsize) for size in both)
+    return ahead, back
 
 
 def _exchanging(old: nn.Module, context: ContextSetup, link: Link) -> AttentionSeam:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
@@ -12,8 +12,15 @@ from zoo.core.contracts import ParallelPlan, Setup
 from zoo.core.seams import find
 from zoo.plugins.parallel.stages import balance, stages_of, virtual
 
-if TYPE_CHECKING:
-    from zoo.core.mesh import Mesh
+
+class Places(Protocol):
+    """What a mesh knows of this rank."""
+
+    def rank(self, axis: str) -> int:
+        """Its place on an axis."""
+
+    def size(self, axis: str) -> int:
+        """The degree of an axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class Cut:
     num_experts: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> Cut:
+    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, setup: Setup) -> Cut:
         """For a whole model on meta."""
         names, pp, pipeline = find(model, plan.block), mesh.size("pp"), setup.pipeline
         first, last = ([n for glob in globs for n in find(model, glob)] for globs in (plan.first, plan.last))

@@ -7,7 +7,7 @@ names stay, the gradient norm counts them once, and they may be cut by other axe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -15,10 +15,13 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.plugins.parallel import units
+from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
+    from zoo.core.traffic import Account
 
 
 class ReplicatedData:
@@ -29,8 +32,8 @@ class ReplicatedData:
     phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
-        """Nothing is cut, so nothing can be in the way."""
-        return None
+        """None, or why weights cannot be given up; nothing is cut, so nothing else can be in the way."""
+        return units.keeping_objection(request, self.name)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Also on one rank when arithmetic and weights differ in type."""
@@ -48,6 +51,10 @@ class ReplicatedData:
         )
         return model
 
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Everything."""
+        return {"weights", "gradients", "optimizer"}
+
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Nothing travels before the last, and the copy of the weights that is computed on is made once a step."""
         root = units.root(model)
@@ -57,3 +64,7 @@ class ReplicatedData:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what units send."""
+        account_replicated(account)

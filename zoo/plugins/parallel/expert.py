@@ -6,6 +6,7 @@ R tokens of this rank, K experts a token goes to, E experts, P ranks of `ep`, D 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,10 +20,12 @@ from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
 from zoo.core.routing import Arrangement, Routing, by_expert, combine, permute, spread
 from zoo.core.seams import find, swap
+from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.traffic import Account
 
 
 class ExpertParallel:
@@ -34,18 +37,13 @@ class ExpertParallel:
 
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why these experts cannot be dealt out so."""
-        degree, ranks = request.degrees["ep"], request.degrees["dp_shard"] * request.degrees["cp"]
+        degree = request.degrees["ep"]
         if request.experts is None:
-            return f"--ep {degree} deals out experts and {request.model} has none; type --ep 1"
+            return f"--ep {degree} deals out experts and {request.model} has none"
         num_experts = request.experts.num_experts
         if num_experts % degree == 0:
             return None
-        able = [d for d in range(1, num_experts + 1) if num_experts % d == 0 and ranks % d == 0]
-        near = sorted(sorted(able, key=lambda d: abs(d - degree))[:2])
-        return (
-            f"--ep {degree} does not divide the {num_experts} experts of {request.model}; nearest on these {ranks} "
-            f"ranks: {' or '.join(f'--ep {d}' for d in near)}"
-        )
+        return f"--ep {degree} does not divide the {num_experts} experts of {request.model}"
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """With more than one rank on `ep`."""
@@ -70,6 +68,23 @@ class ExpertParallel:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: `ep` folds over axes that have shared out the tokens already."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add counts and copies of tokens (2006.16668): there and back, forward and again for their gradients."""
+        ranks, experts = account.size("ep"), account.found(account.plan.expert)
+        for name in account.within(experts):
+            weight = account.weights[name]
+            shape = (weight.shape[0] // ranks, *weight.shape[1:])
+            account.weights[name] = replace(weight, shape=shape, mesh=("ep",), cut=("ep",))
+        assert account.experts is not None, "checked before"
+        counts = account.experts.num_experts // ranks * (ranks - 1) * COUNT_BYTES
+        row = account.config.hidden_size * account.value_bytes
+        for batch in account.batches:
+            for gone, come in account.copies(batch, len(account.here(experts))):
+                forwards = account.forwards
+                account.add("all_to_all", "ep", "counts", forwards * counts, messages=forwards)
+                copies = (forwards + 1) * (gone + come) * row
+                account.add("all_to_all", "ep", "copies of tokens", copies, messages=2 * (forwards + 1))
 
 
 class ExpertDispatch(nn.Module):

@@ -6,17 +6,20 @@ of their own inside their block: dealt out over `ep`, they are sharded over what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.plugins.parallel import units
+from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
+    from zoo.core.traffic import Account
 
 
 class FullyShardedData:
@@ -40,6 +43,10 @@ class FullyShardedData:
         units.shard(model, plan, mesh, setup, reshard=setup.reshard)
         return model
 
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Weights too are cut, unless they are kept from forward to backward."""
+        return set() if setup.reshard else {"weights"}
+
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Shards of gradients add up on their rank; copies meet once a step."""
         units.root(model).set_requires_all_reduce(last)
@@ -47,3 +54,7 @@ class FullyShardedData:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what units send."""
+        account_sharded(account, reshard=account.setup.reshard, once=False)

@@ -5,15 +5,12 @@ Hidden states travel, and sums of what routers did. Masks, positions and labels 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -29,6 +26,8 @@ from zoo.core.errors import UsageError
 from zoo.core.forward_backward import Counts, Sums
 from zoo.core.seams import find
 from zoo.plugins.parallel.cut import Cut
+from zoo.plugins.parallel.pipeline_shards import held
+from zoo.plugins.parallel.pipeline_traffic import account_pipeline
 from zoo.plugins.parallel.stage_model import PassThrough, StageModel, stage_view
 from zoo.plugins.parallel.stages import SCHEDULES, objection
 from zoo.plugins.parallel.tensor_ranks import share_of
@@ -36,6 +35,7 @@ from zoo.plugins.parallel.tensor_ranks import share_of
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.traffic import Account
 
 _ONE_STAGE: Mapping[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 _STAGES: Mapping[str, Any] = {
@@ -84,6 +84,10 @@ class PipelineParallel:
         """Unchanged: every rank of `pp` works on the same rows."""
         return batch
 
+    def account(self, account: Account) -> None:
+        """Add what passes between stages."""
+        account_pipeline(account)
+
     def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> Pipelined:
         """The schedule over the stages that `apply` kept."""
         assert self._cut is not None, "apply comes first"
@@ -101,8 +105,9 @@ class Pipelined:
         self.schedule_name = setup.pipeline.schedule
         self.dtype = getattr(torch, setup.dtype)
         self.tp = (mesh.rank("tp"), mesh.size("tp")) if setup.sequence_parallel else (0, 1)
-        self.splits = SCHEDULES[self.schedule_name].splits
-        self.stages = [StageModel(stage_view(model, cut, stage, self.splits), cut, stage) for stage in cut.mine]
+        splits = SCHEDULES[self.schedule_name].splits
+        self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
+        self._held = held(model, [cut.blocks[stage] for stage in cut.mine], setup, splits=splits)
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
         if self.device.type != "cpu":
             # NCCL connects a group in its first call, in which all ranks must take part; a hop leaves some out.
@@ -117,7 +122,7 @@ class Pipelined:
         # The first stage has an input because torch wants one; every stage looks its batch up by number.
         inputs = (index,) if 0 in self.cut.mine else ()
         schedule = self._schedule(batches)
-        with _gathered(model) if self.splits else nullcontext():
+        with self._held():
             schedule.step(*inputs, number=index, target=index, return_outputs=False)
         self._add_tied(model)
         return sums
@@ -191,32 +196,6 @@ class Pipelined:
             for work in dist.batch_isend_irecv(exchange):
                 work.wait()
             local += theirs
-
-
-@contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    """FSDP2 gathers weights once and sums gradients at the end: it acts when inputs' gradients are there, too soon."""
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    _keep_after_forward(model)
-    _sum_gradients(model, False)
-    yield
-    _sum_gradients(model, True)
-    # What autograd would call after a last backward, as torch's own stages do it.
-    model._get_fsdp_state()._root_post_backward_final_callback()
-
-
-def _keep_after_forward(model: FSDPModule) -> None:
-    """Replicated weights stay anyway, and refuse to be told."""
-    if not isinstance(model, ReplicateModule):
-        model.set_reshard_after_forward(False)
-
-
-def _sum_gradients(model: FSDPModule, now: bool) -> None:
-    model.set_is_last_backward(now)
-    model.set_reshard_after_backward(now)
-    model.set_requires_gradient_sync(now)
 
 
 def _as_it_is(loss: Tensor, _target: Tensor) -> Tensor:

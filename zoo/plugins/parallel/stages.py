@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from zoo.core.contracts import LayoutRequest, PipelineSetup
+from zoo.core.contracts import LayoutRequest, PipelineSetup, SeamName
 from zoo.core.suggest import did_you_mean
 
 
@@ -77,12 +77,13 @@ def balance(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last
 
 
 def objection(request: LayoutRequest) -> str | None:
-    """None, or why this pipeline cannot be, with the nearest that can."""
+    """None, or why this pipeline cannot be."""
     setup = request.pipeline
     if setup.schedule not in SCHEDULES:
         hint = did_you_mean(setup.schedule, SCHEDULES)
         return f"--pp-schedule {setup.schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
-    reasons = (rule(request) for rule in (_virtual_objection, _blocks_objection, _rounds_objection, _shape_objection))
+    rules = (_virtual_objection, _blocks_objection, _seams_objection, _rounds_objection, _shape_objection)
+    reasons = (rule(request) for rule in rules)
     return next((reason for reason in reasons if reason), None)
 
 
@@ -95,7 +96,7 @@ def _virtual_objection(request: LayoutRequest) -> str | None:
     other = "; several stages a rank need --pp-schedule interleaved" if most == 1 else ""
     return (
         f"--pp-virtual {wanted}: schedule {setup.schedule} runs {'at least' if most is None else 'exactly'} {nearest} "
-        f"stages a rank; type --pp-virtual {nearest}{other}"
+        f"stages a rank{other}"
     )
 
 
@@ -103,14 +104,34 @@ def _blocks_objection(request: LayoutRequest) -> str | None:
     pp, per_rank, blocks = request.degrees["pp"], virtual(request.pipeline), request.config.num_hidden_layers
     if pp * per_rank <= blocks:
         return None
-    if blocks // per_rank > 1:
-        nearest = f"type --pp {blocks // per_rank}"
-    else:
-        nearest = f"type --pp {min(pp, blocks)} --pp-schedule 1f1b"
     return (
         f"--pp {pp} x {per_rank} stages a rank = {pp * per_rank} stages and {request.model} has {blocks} blocks, of "
-        f"which each stage needs one; {nearest}"
+        f"which each stage needs one"
     )
+
+
+def _seams_objection(request: LayoutRequest) -> str | None:
+    """What enters a model by a seam, on every rank, needs one there."""
+    setup, pp = request.pipeline, request.degrees["pp"]
+    if not setup.blocks:
+        return None
+    parts = balance(block_costs(setup), pp * virtual(setup), last=float(setup.last_values))
+    everywhere = frozenset[SeamName]().union(*(block.seams for block in setup.blocks))
+    for rank in range(pp):
+        mine = [setup.blocks[i] for stage in stages_of(rank, pp, setup) for i in parts[stage]]
+        missing = everywhere.difference(*(block.seams for block in mine))
+        if missing:
+            return (
+                f"--pp {pp} leaves rank {rank} of the pipeline without any '{min(missing)}' in its blocks: "
+                f"those of {request.model} differ"
+            )
+    return None
+
+
+def block_costs(setup: PipelineSetup) -> list[float]:
+    """Of each block, multiplications of a token: values of matrices, and scores where it has attention."""
+    scores = iter(setup.scores)
+    return [b.matrix_values + (next(scores, 0.0) if "attention" in b.seams else 0.0) for b in setup.blocks]
 
 
 def _rounds_objection(request: LayoutRequest) -> str | None:
@@ -118,13 +139,10 @@ def _rounds_objection(request: LayoutRequest) -> str | None:
     if takes(setup.schedule, pp, setup.microbatches):
         return None
     rows = request.degrees["dp_replicate"] * request.degrees["dp_shard"] * request.micro_batch
-    able = (n for n in range(1, 2 * setup.microbatches + pp) if takes(setup.schedule, pp, n))
-    near = sorted(sorted(able, key=lambda n: abs(n - setup.microbatches))[:2])
     want = f"at least {pp}" if SCHEDULES[setup.schedule].fills else f"rounds of equal size, about {pp} in each"
-    choices = " or ".join(f"--global-batch {n * rows}" for n in near)
     return (
         f"schedule {setup.schedule} over --pp {pp} needs {want} microbatches a step and --global-batch "
-        f"{setup.microbatches * rows} makes {setup.microbatches}; nearest: {choices}"
+        f"{setup.microbatches * rows} makes {setup.microbatches}"
     )
 
 
@@ -133,11 +151,7 @@ def _shape_objection(request: LayoutRequest) -> str | None:
     seq, cp = request.seq, request.degrees["cp"]
     if seq % cp == 0:
         return None
-    near = sorted({max(1, seq // cp) * cp, (seq // cp + 1) * cp})
-    return (
-        f"a pipeline's microbatches have one shape and --seq {seq} is no multiple of --cp {cp}; "
-        f"type {' or '.join(f'--seq {n}' for n in near)}"
-    )
+    return f"a pipeline's microbatches have one shape and --seq {seq} is no multiple of --cp {cp}"
 
 
 def takes(schedule: str, pp: int, microbatches: int) -> bool:

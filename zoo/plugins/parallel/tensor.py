@@ -27,11 +27,14 @@ from zoo.plugins.parallel.tensor_modules import (
     VocabularyEmbedding,
     VocabularyHead,
 )
+from zoo.plugins.parallel.tensor_overlap import OverlappingRanks
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
+from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.traffic import Account
 
 _LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
 
@@ -44,23 +47,18 @@ class TensorParallel:
     phase: ClassVar[Phase] = Phase.SHARD
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or what `tp` does not divide, with the nearest degrees that work."""
+        """None, or what `tp` does not divide."""
         degree, counts = request.degrees["tp"], _counts(request)
         if not request.widths:
-            return f"--tp {degree} cuts matrices and the plan of {request.model} names none; type --tp 1"
+            return f"--tp {degree} cuts matrices and the plan of {request.model} names none"
         if request.experts is not None and not request.sequence_parallel:
+            return f"--tp {degree} with layout.sequence_parallel=false would send a token to its experts {degree} times"
+        if request.overlap_tensor and (request.problem.device != "cuda" or not request.sequence_parallel):
             return (
-                f"--tp {degree} with layout.sequence_parallel=false would send every token to its experts {degree} "
-                f"times; leave layout.sequence_parallel at true"
+                "layout.overlap_tensor=true needs CUDA devices that reach each other's memory, and sequence parallelism"
             )
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
-        if what is None:
-            return None
-        able = [d for d in range(1, counts[0][0] + 1) if all(count % d == 0 for count, _ in counts)]
-        near = sorted(sorted(able, key=lambda d: abs(d - degree))[:2])
-        return f"--tp {degree} does not divide the {what} of {request.model}; nearest: " + " or ".join(
-            f"--tp {d}" for d in near
-        )
+        return what and f"--tp {degree} does not divide the {what} of {request.model}"
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """With more than one rank on `tp`."""
@@ -71,7 +69,8 @@ class TensorParallel:
 
         Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
         """
-        ranks = TensorRanks(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
+        kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
+        ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():
@@ -92,6 +91,10 @@ class TensorParallel:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what hidden states cost where they meet cut matrices."""
+        account_tensor(account)
 
 
 def _counts(request: LayoutRequest) -> list[tuple[int, str]]:

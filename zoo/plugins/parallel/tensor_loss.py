@@ -61,7 +61,7 @@ class _ChunkedLoss(Function):
         total = torch.zeros((), dtype=exact, device=rows.device)
         drows = torch.empty_like(rows) if with_grad and ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=exact) if with_grad and ctx.needs_input_grad[1] else None
-        size = _chunk_rows(weight.shape[0], rows.device.type)
+        size = chunk_rows(weight.shape[0], rows.device.type)
         for start in range(0, rows.shape[0], size):
             part = slice(start, start + size)
             loss, dlogits = _chunk(rows[part], weight, targets[part], group, exact)
@@ -83,7 +83,7 @@ class _ChunkedLoss(Function):
         return drows, dweight, None, None, None
 
 
-def _chunk_rows(words: int, device: str) -> int:
+def chunk_rows(words: int, device: str) -> int:
     """Rows of a chunk for so many words of the vocabulary: 32 MiB of fp32 logits on a CPU, 512 MiB elsewhere."""
     return max(_LEAST_ROWS, _CHUNK_VALUES.get(device, _CHUNK_VALUES_ACCELERATOR) // words)
 

@@ -37,7 +37,8 @@ class Colwise(CutModule):
 
     def forward(self, h: Tensor) -> Tensor:
         """h as the residual lies, to `[B, T, outputs / P]`."""
-        return functional.linear(self.ranks.enter(h), here(self.weight), _maybe_here(self.bias))
+        out = self.ranks.enter_linear(h, here(self.weight))
+        return out if self.bias is None else out + here(self.bias)
 
 
 class Rowwise(CutModule):
@@ -48,7 +49,7 @@ class Rowwise(CutModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, inputs / P]` to outputs as the residual lies."""
-        out = self.ranks.leave(functional.linear(x, here(self.weight)))
+        out = self.ranks.leave_linear(x, here(self.weight))
         return out if self.bias is None else out + self.ranks.shared(self.bias)
 
 

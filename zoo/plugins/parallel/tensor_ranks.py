@@ -52,11 +52,19 @@ class TensorRanks:
         left: Tensor = way.apply(part, self.group)  # type: ignore[no-untyped-call]
         return left
 
+    def enter_linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        """A product of the whole row: h in the residual's layout, weight `[O, D]`, to `[B, T, O]`."""
+        return functional.linear(self.enter(h), weight)
+
+    def leave_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A product whose sum over ranks is wanted: x `[B, T, I]`, weight `[D, I]`, to the residual's layout."""
+        return self.leave(functional.linear(x, weight))
+
     def shared(self, parameter: Tensor) -> Tensor:
         """A parameter that every rank holds whole and applies to its part of the residual: gradients are summed."""
         if not self.sequence:
             return parameter
-        copied: Tensor = _Copy.apply(parameter, self.group)  # type: ignore[no-untyped-call]
+        copied: Tensor = _Share.apply(parameter, self.group)  # type: ignore[no-untyped-call]
         return copied
 
     def total(self, counts: Tensor) -> Tensor:
@@ -92,6 +100,19 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return summed(grad, ctx.group), None
+
+
+class _Share(Function):
+    """As `_Copy`, of a parameter: gradients are added up in fp32 or better, as data parallelism adds them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return summed(grad.to(torch.promote_types(grad.dtype, torch.float32)), ctx.group).to(grad.dtype), None
 
 
 class _Sum(Function):

@@ -20,6 +20,14 @@ AXES = ("dp_replicate", "dp_shard")
 """The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
 
 
+_ONCE_A_STEP = ("zero1", "ddp")
+
+
+def once_a_step(setup: Setup) -> bool:
+    """Whether the adapter chosen keeps weights whole, and gradients where they are, until a step's last backward."""
+    return setup.data_parallel in _ONCE_A_STEP
+
+
 def precision(setup: Setup) -> MixedPrecisionPolicy:
     """Weights in the master type, arithmetic in another, gradients reduced and added up in the master type."""
     return MixedPrecisionPolicy(
@@ -78,12 +86,18 @@ def sharding_objection(request: LayoutRequest) -> str | None:
     if ep == 1 or request.experts is None or _divides(request.experts, ranks // ep):
         return None
     shape = request.experts
-    able = [d for d in range(2, ranks + 1) if ranks % d == shape.num_experts % d == 0 and _divides(shape, ranks // d)]
     return (
         f"--ep {ep} leaves dp_shard x cp / ep = {ranks // ep} ranks to share each expert, whose widths "
         f"{shape.hidden_size} and {shape.intermediate_size} are no multiples of that: only dim 0 may be cut "
-        f"unevenly, and ep has it; type --ep {min(able, key=lambda d: abs(d - ep), default=1)}"
+        f"unevenly, and ep has it"
     )
+
+
+def keeping_objection(request: LayoutRequest, name: str) -> str | None:
+    """None, or that layout.reshard=false asks for what is not done otherwise. That the default is true says nothing."""
+    if request.reshard:
+        return None
+    return f"layout.reshard=false: --data-parallel {name} keeps weights from first forward to last backward anyway"
 
 
 def root(model: nn.Module) -> FSDPModule:

@@ -8,17 +8,20 @@ when to gather and when to reduce, so state has the same shards, and the same ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.plugins.parallel import units
+from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
+    from zoo.core.state_memory import Part
+    from zoo.core.traffic import Account
 
 
 class ShardedOptimizer:
@@ -29,8 +32,8 @@ class ShardedOptimizer:
     phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or why experts cannot be cut so."""
-        return units.sharding_objection(request)
+        """None, or why experts cannot be cut so, or weights not be kept."""
+        return units.keeping_objection(request, self.name) or units.sharding_objection(request)
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
         """Also on one rank when arithmetic and weights differ in type."""
@@ -42,6 +45,10 @@ class ShardedOptimizer:
         units.shard(model, plan, mesh, setup, reshard=False)
         return model
 
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Weights, and gradients where they add up over microbatches."""
+        return {"weights", "gradients"} if setup.pipeline.microbatches > 1 else {"weights"}
+
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
         root = units.root(model)
@@ -51,3 +58,7 @@ class ShardedOptimizer:
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
         """Unchanged: the feed gives each data-parallel rank its own rows."""
         return batch
+
+    def account(self, account: Account) -> None:
+        """Add what units send: once a step."""
+        account_sharded(account, reshard=False, once=True)

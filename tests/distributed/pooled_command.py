@@ -1,0 +1,67 @@
+"""`zoo finetune` whose ranks are processes of the pool: all of the command but the start of interpreters.
+
+Argument parsing, plugins, job, preparation, launcher, the folder it talks through, what a worker process runs, process
+groups, training, metrics, saves and the launcher's verdict are the command's own. Only torch's elastic agent, which
+starts a process a rank and waits for them, has a stand-in that hands the same module and folder to ranks that run.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from tests.distributed import ranks
+from tests.layout_commands import untimed
+from zoo.cli.main import main
+from zoo.core import launch, worker
+from zoo.core.metrics import read_metrics
+
+
+def train(out, *args):
+    """`zoo finetune ARGS --out OUT` to its end, and the objects of its metrics.jsonl without times and memory."""
+    command("finetune", *args, "--out", out)
+    return untimed(read_metrics(Path(out) / "metrics.jsonl"))
+
+
+def command(*args, status=0):
+    """A command line to its end; asserts its exit status."""
+    with _ranks_of_the_pool():
+        assert main([str(word) for word in args]) == status, args
+
+
+@contextmanager
+def _ranks_of_the_pool():
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    with (
+        mock.patch.dict(os.environ, environment, clear=True),
+        mock.patch.object(launch, "elastic_launch", _PooledAgent),
+    ):
+        yield
+
+
+class _PooledAgent:
+    """In the place of `elastic_launch(config, program)(*arguments)`."""
+
+    def __init__(self, config, _program):
+        self._world = config.nproc_per_node
+
+    def __call__(self, flag, module, folder):
+        assert (flag, module) == ("-m", worker.__name__)
+        # As the agent does it: the store is the launcher's, on a port that the system chose.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        try:
+            ranks.run(self._world, _be_a_worker, folder, store.port, group=False)
+        except ranks.RankError:
+            # The first rank that fails ends all others; which it was is in the folder.
+            raise ChildFailedError(module, {0: ProcessFailure(0, 0, 1, "<none>")}) from None
+
+
+def _be_a_worker(folder, port):
+    """On a rank: what `python -m zoo.core.worker FOLDER` does until it ends."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    assert worker.answer(worker.train_as_asked, Path(folder)) == 0
