@@ -98,9 +98,6 @@ MATRIX = (
 
 def verdict(model, words):
     """`yes` if a model runs under a layout, `refused` if it cannot, `-` if it could and is left out."""
-    if model == "nemotron-nas" and re.search("pp[48]|virtual|interleaved", words):
-        # A rank without any attention.
-        return "refused"
     if layouts.refusal(model, words) is not None:
         return "refused"
     return "-" if model == "nemotron-nas" and layouts.choose(model, words).degrees.world_size > 4 else "yes"

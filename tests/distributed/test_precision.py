@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import pipeline_model
+from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
 from zoo.core import train as train_module
@@ -38,9 +39,9 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def wired(model, degrees, choices):
+def wired(chosen):
     """On a rank: what a step sends, the ranks of each mesh, and types of what is kept."""
-    run = pipeline_model.Run(model, degrees, dtype="bfloat16", **choices)
+    run = layouts.Run(chosen)
     gradients = set()
     run.state.optimizer.register_step_pre_hook(
         lambda *_: gradients.update(str(p.grad.dtype) for p in run.model.parameters())
@@ -56,16 +57,16 @@ def wired(model, degrees, choices):
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "ddp"])
 @pytest.mark.parametrize(
-    ("model", "degrees"),
+    ("model", "words"),
     [
-        ("llama", {"dp_replicate": 2, "dp_shard": 2}),
-        ("llama-tied", {"tp": 2, "dp_shard": 2}),
-        ("llama-tied", {"pp": 2, "dp_shard": 2}),
-        ("mixtral", {"tp": 2, "dp_shard": 2, "ep": 2}),
+        ("llama", "dp_replicate2 dp_shard2"),
+        ("llama-tied", "tp2 dp_shard2"),
+        ("llama-tied", "pp2 dp_shard2"),
+        ("mixtral-plain", "tp2 dp_shard2 ep2"),
     ],
 )
-def test_weights_travel_in_bfloat16_and_gradients_add_up_in_float32(model, degrees, kind):
-    seen, meshes, kept = ranks.run(4, wired, model, degrees, {"data_parallel": kind})[0]
+def test_weights_travel_in_bfloat16_and_gradients_add_up_in_float32(model, words, kind):
+    seen, meshes, kept = ranks.run(4, wired, layouts.choose(model, f"{words} {kind} bf16"))[0]
     assert kept == {"torch.float32"}
     data = {meshes[axis] for axis in ("fsdp", "efsdp", "dp_replicate", "ddp", "eddp") if len(meshes[axis]) > 1}
     gathers = {dtype for op, peers, dtype, _ in seen if peers in data and "allgather" in op}
@@ -73,30 +74,32 @@ def test_weights_travel_in_bfloat16_and_gradients_add_up_in_float32(model, degre
     reduced = [(op, dtype) for op, peers, dtype, _ in seen if peers in data and op in REDUCES and "int" not in dtype]
     assert {dtype for _, dtype in reduced} == {"torch.float32"}
     assert any(op != "allreduce_" for op, _ in reduced) == (kind != "ddp")
-    if "tp" in degrees:
+    if "tp" in words:
         shared = {dtype for op, peers, dtype, n in seen if peers == meshes["tp"] and op == "allreduce_" and n > 1}
         assert shared - {"torch.int64"} == {"torch.float32"}
 
 
-def twice(model, degrees, options):
+def twice(chosen):
     """On a rank: whether two runs of two steps under deterministic algorithms have the same bits, and what they had."""
     with determinism(True):
-        one, two = (pipeline_model.two_steps(model, degrees, dtype="bfloat16", **options) for _ in range(2))
-    return [name for name in one if not torch.equal(one[name], two[name])], len(one)
+        one, two = (layouts.Run(chosen).steps(2) for _ in range(2))
+    parts = [(name, *(x.to_local() if isinstance(x, DTensor) else x for x in (one[name], two[name]))) for name in one]
+    return [name for name, a, b in parts if not torch.equal(a, b)], len(one)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("world", "model", "degrees", "options"),
+    ("model", "words"),
     [
-        (1, "llama", {}, {}),
-        (4, "llama-tied", {"pp": 2, "tp": 2}, {"schedule": "zbv", "memory": "full"}),
-        (4, "mixtral-aux", {"dp_shard": 2, "cp": 2, "ep": 4}, {"data_parallel": "zero1"}),
-        (4, "nemotron", {"dp_replicate": 2, "tp": 2}, {"data_parallel": "ddp"}),
+        ("llama", ""),
+        ("llama-tied", "pp2 tp2 zbv recompute"),
+        ("mixtral", "dp_shard2 cp2 ep4 zero1"),
+        ("nemotron", "dp_replicate2 tp2 ddp"),
     ],
 )
-def test_the_same_run_twice_has_the_same_bits(world, model, degrees, options):
-    for differing, number in ranks.run(world, twice, model, degrees, options):
+def test_the_same_run_twice_has_the_same_bits(model, words):
+    chosen = layouts.choose(model, f"{words} bf16")
+    for differing, number in ranks.run(chosen.degrees.world_size, twice, chosen):
         assert differing == []
         assert number > 10
 
