@@ -126,7 +126,7 @@ def counted_of(layouts):
 @cache
 def measured(world):
     """Of each layout, what `counted` returned on each rank."""
-    return list(zip(*ranks.run(world, counted_of, layouts_of(world)), strict=True))
+    return list(zip(*ranks.run(world, counted_of, layouts_of(world), timeout=400.0), strict=True))
 
 
 @pytest.mark.parametrize("world", WORLDS)
