@@ -62,7 +62,7 @@ def test_metrics_and_exports_of_any_layout_are_those_of_one_process(case, corpus
 
 MIXES = [
     "llama-tied --pp 2 --cp 2 --tp 2",
-    "mixtral --dp-shard 2 --cp 2 --tp 2 --ep 4",
+    "mixtral --dp-shard 2 --cp 2 --tp 2 --ep 4 --memory full",
     "mixtral --pp 2 --cp 2 --tp 2 --ep 2 --pp-schedule interleaved",
 ]
 
