@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -59,23 +61,37 @@ def clip_gradients(
 ) -> Tensor:
     """Scale gradients so that their global 2-norm is at most `limit` (0: never); returns the norm before, 0-dim.
 
-    The norm is global whatever the shards are: it is taken of each mesh's parameters, reduced over that mesh, and
-    every parameter is on one mesh, so each counts once. `repeated` names those that other ranks count, and
-    `whole_norm` takes a rank's norm to that of all ranks where they hold different parameters. One scale serves all.
+    The norm is global whatever the shards are: it is taken of parameters that are cut alike, reduced over what cuts
+    them, and every parameter is in one such group, so each counts once. `repeated` names those that other ranks
+    count, and `whole_norm` takes a rank's norm to that of all ranks where they hold different parameters. One scale serves all.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.grad is not None}
-    counted = _by_mesh([p for name, p in parameters.items() if name not in repeated])
-    norm = whole_norm(torch.nn.utils.get_total_norm([_whole_norm(group) for group in counted]))
+    cut_alike: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if name not in repeated and parameter.grad is not None:
+            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            cut_alike.setdefault(_cutting(parameter), []).append(local)
+    norm = whole_norm(torch.nn.utils.get_total_norm([_whole_norm(*group) for group in cut_alike.items()]))
     if limit > 0:
         for group in _by_mesh(list(parameters.values())):
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
 
 
-def _whole_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm of the gradients of parameters on one mesh, on every rank."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _cutting(parameter: nn.Parameter) -> tuple[ProcessGroup, ...]:
+    """The groups of ranks that hold a parameter in parts."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return tuple(mesh.get_group(d) for d, p in enumerate(placements) if mesh.size(d) > 1 and not p.is_replicate())
+
+
+def _whole_norm(groups: Sequence[ProcessGroup], parts: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of gradients that these groups hold in parts, with the same bits on every rank."""
+    square = torch.nn.utils.get_total_norm(parts).square()
+    for group in groups:
+        dist.all_reduce(square, group=group)
+    return square.sqrt()
 
 
 def _by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

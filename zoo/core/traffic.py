@@ -288,14 +288,7 @@ def step_traffic(
 
 
 def _norm(account: Account) -> None:
-    """Of the weights on one mesh, a vector of norms is summed over each axis on which they are cut.
-
-    DTensor takes `efsdp` and `ep`, into which `fsdp` was unflattened, as one again.
-    """
-    numbers: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
-    for name, weight in account.weights.items():
-        if name not in account.repeated:
-            numbers[weight.mesh, weight.cut] = numbers.get((weight.mesh, weight.cut), 0) + 1
-    for (_mesh, cut), number in numbers.items():
-        for axis in ("fsdp", *cut[2:]) if cut[:2] == ("efsdp", "ep") else cut:
-            account.add("all_reduce", axis, "gradient norm", number * account.master_bytes)
+    """Of the weights that are cut alike, a square is summed over each axis that cuts them."""
+    alike = dict.fromkeys(weight.cut for name, weight in account.weights.items() if name not in account.repeated)
+    for axis in (axis for cut in alike for axis in cut):
+        account.add("all_reduce", axis, "gradient norm", account.master_bytes)

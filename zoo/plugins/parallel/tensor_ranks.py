@@ -17,6 +17,10 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# torch 2.13 renamed both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class TensorRanks:
     """The ranks of one `tp` group, as the cut modules of a model use them."""
@@ -164,7 +168,7 @@ def gathered(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
     """Each rank's tokens `[B, T / P, D]` to all of them `[B, T, D]`."""
     rows = _padded(x.transpose(0, 1), -(-length // group.size()))
     out = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(out, rows, group=group)
+    _all_gather(out, rows, group=group)
     return out[:length].transpose(0, 1)
 
 
@@ -174,7 +178,7 @@ def scattered(x: Tensor, group: ProcessGroup) -> Tensor:
     each = -(-length // size)
     rows = _padded(x.transpose(0, 1), each * size)
     out = rows.new_empty(each, *rows.shape[1:])
-    dist.reduce_scatter_tensor(out, rows, group=group)
+    _reduce_scatter(out, rows, group=group)
     return out[: share_of(length, group.rank(), size)].transpose(0, 1)
 
 
