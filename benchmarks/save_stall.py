@@ -5,8 +5,10 @@ turns in one run (A B C, C B A, ...), so that a busy machine is busy for all: no
 (`checkpoint.async`), a save that is waited for. For each: how long the call held the ranks up (the slower one), as a
 share of a step, and how much longer it and the steps until the write had ended took than as many steps without a save,
 for a core that writes does not compute. `copy_s` is a plain copy of the same bytes in the same run: what a save beside
-the steps cannot do without. Bytes staged are counted where they are written, and compared with what the rank's
-parameters and moments take. Only ratios mean anything. `--json FILE` writes every figure.
+the steps cannot do without. Shares of a step are of the clock, and (`cpu`) of a core's time, which a busy machine
+changes less; a save that is waited for waits for the disk, which that does not count. Bytes staged are counted where
+they are written, and compared with what the rank's parameters and moments take. Only ratios mean anything. `--json
+FILE` writes every figure.
 """
 
 from __future__ import annotations
@@ -111,14 +113,15 @@ def run(rank: int, folder: str, seq: int, rounds: int, answer) -> None:
         train_step(state, [batch], RANKS * seq, RANKS)
         return time.perf_counter() - start
 
-    def save(kind: str) -> float:
+    def save(kind: str) -> tuple[float, float]:
+        """Seconds, and those that this thread had a core."""
         dist.barrier()
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         if kind == "beside":
             saver.start(state, {"step": state.step}, dict)
         elif kind == "waited":
             saver.write(state, {"step": state.step}, dict)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.thread_time() - start_cpu
 
     rows = []
     for kind in ("beside", "waited"):  # once, for what only a first time costs
@@ -127,14 +130,25 @@ def run(rank: int, folder: str, seq: int, rounds: int, answer) -> None:
         saver.wait()
     for number in range(rounds):
         for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
-            plain, held_s, steps = step(), save(kind), []
+            before_cpu = time.process_time()
+            plain = step()
+            step_cpu_s = time.process_time() - before_cpu
+            (held_s, held_cpu_s), steps = save(kind), []
             # Every rank the same number of steps: they go on until all have written.
             while not steps or all_of(saver._flying is not None and not saver._flying[1].done()):
                 steps.append(step())
             for saved in saver.wait():
                 assert saved.failure is None, saved.failure
             rows.append(
-                {"kind": kind, "step_s": plain, "held_s": worst(held_s), "steps_s": steps, "copy_s": copy(state)}
+                {
+                    "kind": kind,
+                    "step_s": plain,
+                    "step_cpu_s": step_cpu_s,
+                    "held_s": worst(held_s),
+                    "held_cpu_s": worst(held_cpu_s),
+                    "steps_s": steps,
+                    "copy_s": copy(state),
+                }
             )
     share = [rank_share(state), checkpoints.staged]
     answer.put((rank, rows, share))
@@ -186,7 +200,8 @@ def all_of(mine: bool) -> bool:
 
 def summary(rows) -> dict:
     step = statistics.median(row["step_s"] for row in rows)
-    result = {"step_s": step, "copy_s": statistics.median(row["copy_s"] for row in rows)}
+    step_cpu = statistics.median(row["step_cpu_s"] for row in rows)
+    result = {"step_s": step, "step_cpu_s": step_cpu, "copy_s": statistics.median(row["copy_s"] for row in rows)}
     for kind in ("beside", "waited"):
         of = [row for row in rows if row["kind"] == kind]
         held_s = statistics.median(row["held_s"] for row in of)
@@ -194,6 +209,7 @@ def summary(rows) -> dict:
         result[kind] = {
             "held_s": held_s,
             "held_share_of_step": held_s / step,
+            "held_cpu_share_of_step": statistics.median(row["held_cpu_s"] for row in of) / step_cpu,
             "longer_share_of_step": statistics.median(longer) / step,
             "steps_until_written": statistics.median(len(row["steps_s"]) for row in of),
         }
