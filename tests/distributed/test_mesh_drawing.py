@@ -77,3 +77,26 @@ def test_many_ranks_are_summed_up_and_groups_across_nodes_are_named():
     assert "across nodes" in next(line for line in text.splitlines() if line.startswith("cp "))
     assert "rank  " not in text
     assert len(text.splitlines()) < 10
+
+
+def test_a_narrow_terminal_gets_the_same_words_in_lines_that_fit():
+    degrees = Degrees(pp=2, dp_shard=8, cp=4, tp=8)
+    narrow, wide = draw_text(degrees, 8, 60), draw_text(degrees, 8, 1000)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert narrow.split() == wide.split()
+    assert all(line.startswith(" " * 14) for line in narrow.splitlines() if line.startswith(" "))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2, tp=2), Degrees(pp=2, dp_shard=8, cp=4, tp=8)], ids=Degrees.describe)
+def test_cells_of_a_picture_lie_apart_inside_it_and_it_is_no_ribbon(degrees):
+    picture = ET.fromstring(draw_svg(degrees, 8))
+    width, height = int(picture.get("width")), int(picture.get("height"))
+    assert max(width, height) <= 3 * min(width, height)
+    cells = [c for c in picture.iter("{http://www.w3.org/2000/svg}rect") if c.get("data-axis")]
+    boxes = [tuple(int(c.get(side)) for side in ("x", "y", "width", "height")) for c in cells]
+    assert len(boxes) == degrees.world_size * len(drawn_axes(degrees))
+    assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h in boxes)
+    painted = {(x + dx, y + dy) for x, y, w, h in boxes for dx in (0, w - 1) for dy in (0, h - 1)}
+    assert len(painted) == 4 * len(boxes)
+    texts = {(t.get("x"), t.get("y")) for t in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert len(texts) == len(list(picture.iter("{http://www.w3.org/2000/svg}text")))

@@ -26,8 +26,9 @@ def losses(rows):
 
 @pytest.fixture(scope="module")
 def undisturbed_run(tmp_path_factory):
+    """Saves are waited for here, and in the runs compared with it they are written beside the steps."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run, *JOB)
+    train(run, *JOB, "--set", "checkpoint.async=false")
     return run
 
 

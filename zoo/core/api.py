@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch, quiet
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
-from zoo.core.mesh_drawing import draw_svg, draw_text
+from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
@@ -146,7 +147,7 @@ def layout(
         degrees = resolve_degrees(job.layout, world_size=None, available=None)
     else:
         degrees = fill_nodes(job.layout, nodes, gpus_per_node)
-    return draw_text(degrees, gpus_per_node), draw_svg(degrees, gpus_per_node)
+    return draw_text(degrees, gpus_per_node, columns()), draw_svg(degrees, gpus_per_node)
 
 
 def _chosen_layout(
@@ -160,8 +161,13 @@ def _chosen_layout(
     job, case = elsewhere(with_recipe(registry, *from_flags(model, flags)), registry, machine)
     job, notes = with_degrees(job, case)
     degrees = case.agreed(job).degrees
-    why = "\n".join(f"{topic:<14}{sentence}" for topic, sentence in notes)
-    return f"{why}\n\n{draw_text(degrees, nodes[1])}", draw_svg(degrees, nodes[1])
+    why = "\n".join(line for topic, sentence in notes for line in wrapped(topic, sentence, columns()))
+    return f"{why}\n\n{draw_text(degrees, nodes[1], columns())}", draw_svg(degrees, nodes[1])
+
+
+def columns() -> int:
+    """Characters of a line of the terminal; of a file, enough for most."""
+    return shutil.get_terminal_size(fallback=(120, 24)).columns
 
 
 def traffic(prepared: Prepared) -> Report:

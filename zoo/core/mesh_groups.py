@@ -41,4 +41,7 @@ def drawn_axes(degrees: Degrees) -> list[str]:
     axes = [axis for axis in reversed(AXES) if getattr(degrees, axis) > 1]
     if degrees.dp_shard > 1 and degrees.cp > 1:
         axes.append("fsdp")
-    return axes + (["ep", "efsdp"] if degrees.ep > 1 else [])
+    if degrees.ep > 1:
+        axes.append("ep")
+        axes += ["efsdp"] if degrees.dp_shard * degrees.cp > degrees.ep else []
+    return axes
