@@ -63,7 +63,8 @@ def clip_gradients(
 
     The norm is global whatever the shards are: it is taken of parameters that are cut alike, reduced over what cuts
     them, and every parameter is in one such group, so each counts once. `repeated` names those that other ranks
-    count, and `whole_norm` takes a rank's norm to that of all ranks where they hold different parameters. One scale serves all.
+    count, and `whole_norm` takes a rank's norm to that of all ranks where they hold different parameters. One scale
+    serves all.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.grad is not None}
     cut_alike: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
