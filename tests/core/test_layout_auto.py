@@ -146,9 +146,8 @@ def test_a_run_has_the_numbers_that_were_chosen_and_plan_the_reasons(tmp_path, c
     layout = yaml.safe_load((run / "config.yaml").read_text())["layout"]
     assert {axis: layout[axis] for axis in (*AXES, "ep")} == dict.fromkeys((*AXES, "ep"), 1)
     assert "degrees" not in layout
-    assert (
-        main(["plan", "llama3", "-c", str(run / "config.yaml"), "--layout", "auto", "--nproc", "4", "--cp", "2"]) == 0
-    )
+    again = ["plan", "llama3", "-c", str(run / "config.yaml"), "--layout", "auto", "--nproc", "4", "--cp", "2"]
+    assert main([*again, "--global-batch", "4"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line)
     assert lines["layout"].startswith("dp_shard 2 x cp 2 ")
     assert lines["cp"] == "2: as asked for"
