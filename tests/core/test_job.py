@@ -22,6 +22,16 @@ def test_a_flag_goes_over_set_over_file(tmp_path):
     assert (made.optim.clip, made.data.seq) == (2.0, 4096)
 
 
+def test_a_file_does_not_hold_on_to_a_layout_that_flags_change(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("layout: {cp: 2, cp_scheme: ring, dp_shard: 4, pp: 1}\n")
+    assert job(c=str(file), cp="1").layout.cp_scheme == "auto"
+    assert job(c=str(file), cp="1", cp_scheme="ring").layout.cp_scheme == "ring"
+    assert job(c=str(file)).layout.cp_scheme == "ring"
+    chosen = job(c=str(file), layout="auto", tp="2").layout
+    assert (chosen.cp, chosen.dp_shard, chosen.pp, chosen.tp, chosen.cp_scheme) == (None, None, None, 2, "ring")
+
+
 def test_every_flag_names_a_setting_that_exists():
     known = {f"{s}.{k}" for s, part in Job().settings().items() for k in part}
     optional = {"model.size", "model.from", "data.path", "data.global_batch", "data.format", "data.overlong"}

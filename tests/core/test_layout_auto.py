@@ -7,8 +7,10 @@ import re
 from functools import cache
 
 import pytest
+import yaml
 from hypothesis import given, settings, strategies as st
 
+from zoo.cli.main import main
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.job import Job
 from zoo.core.layout_auto import with_degrees
@@ -136,3 +138,17 @@ def test_what_was_given_and_cannot_be_completed_is_refused_with_what_can(devices
         chosen("llama3", "8b", 8192, nodes(devices), **layout)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_run_has_the_numbers_that_were_chosen_and_plan_the_reasons(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["finetune", "llama3", "--layout", "auto", "--steps", "1", "--seq", "64", "--out", str(run)]) == 0
+    layout = yaml.safe_load((run / "config.yaml").read_text())["layout"]
+    assert {axis: layout[axis] for axis in (*AXES, "ep")} == dict.fromkeys((*AXES, "ep"), 1)
+    assert "degrees" not in layout
+    again = ["plan", "llama3", "-c", str(run / "config.yaml"), "--layout", "auto", "--nproc", "4", "--cp", "2"]
+    assert main([*again, "--global-batch", "4"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line)
+    assert lines["layout"].startswith("dp_shard 2 x cp 2 ")
+    assert lines["cp"] == "2: as asked for"
+    assert lines["dp_shard"].startswith("2: the rest of 4 ranks")

@@ -69,6 +69,19 @@ FLAGS = (
 )
 
 
+NEEDS = {
+    "cp_scheme": ("cp", "how K/V travel between ranks that share a row"),
+    "cp_balance": ("cp", "how rows are cut"),
+    "cp_wire": ("cp", "in which type K/V travel between ranks that share a row"),
+    "pp_schedule": ("pp", "the order of a pipeline's microbatches"),
+    "pp_virtual": ("pp", "the stages of a pipeline's ranks"),
+    "sequence_parallel": ("tp", "whether tensor-parallel ranks cut a row's tokens"),
+    "overlap_tensor": ("tp", "whether products of tensor-parallel ranks overlap their messages"),
+}
+"""Settings that mean nothing where an axis has one rank, and what they say."""
+_DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+
+
 def from_flags(model: str | None, flags: Mapping[str, Any]) -> tuple[Settings, Settings, Settings]:
     """The layers a command line gives, weakest first: file (`c`), assignments (`set`), flags. Raises UsageError."""
     known = {flag.keyword: flag for flag in FLAGS}
@@ -86,4 +99,13 @@ def from_flags(model: str | None, flags: Mapping[str, Any]) -> tuple[Settings, S
         said = {**said, "model.name": (model, "MODEL")}
     if not any("model.name" in layer for layer in (file, assigned, said)):
         raise UsageError("which model? Type `zoo models` for the families, then for example: zoo finetune llama3")
-    return file, assigned, said
+    return _without_outdated(file, {**assigned, **said}), assigned, said
+
+
+def _without_outdated(file: Settings, later: Settings) -> Settings:
+    """A file without what it resolved for a layout that is no longer meant: a run's config.yaml says everything."""
+    value = {key: str(said[0]) for key, said in later.items()}
+    outdated = {f"layout.{name}" for name, (axis, _) in NEEDS.items() if value.get(f"layout.{axis}") == "1"}
+    if value.get("layout.degrees") == "auto":
+        outdated |= {f"layout.{axis}" for axis in _DEGREES}
+    return {key: said for key, said in file.items() if key not in outdated}

@@ -28,6 +28,7 @@ from zoo.core.contracts import (
 )
 from zoo.core.device import accelerator_type
 from zoo.core.errors import FitError, LayoutError
+from zoo.core.flags import NEEDS
 from zoo.core.inventory import block_shapes, cut_widths, meta_model, model_values
 from zoo.core.job import Job, LayoutSection
 from zoo.core.layout_search import nearest
@@ -37,16 +38,6 @@ from zoo.core.registry import Registry
 from zoo.core.state_memory import Holding, ModelValues, Part, state_bytes
 from zoo.core.units import format_bytes, format_count
 
-_NEEDS = {
-    "cp_scheme": ("cp", "how K/V travel between ranks that share a row"),
-    "cp_balance": ("cp", "how rows are cut"),
-    "cp_wire": ("cp", "in which type K/V travel between ranks that share a row"),
-    "pp_schedule": ("pp", "the order of a pipeline's microbatches"),
-    "pp_virtual": ("pp", "the stages of a pipeline's ranks"),
-    "sequence_parallel": ("tp", "whether tensor-parallel ranks cut a row's tokens"),
-    "overlap_tensor": ("tp", "whether products of tensor-parallel ranks overlap their messages"),
-}
-"""Settings that mean nothing where an axis has one rank, and what they say."""
 _PROCESS_BYTES = 200 * 2**20
 """What a rank holds before it has any weight: an interpreter with torch."""
 
@@ -245,7 +236,7 @@ def parts_whole(adapters: Sequence[ParallelAdapter], setup: Setup) -> frozenset[
 def _check_settings(layout: LayoutSection) -> None:
     """Nothing that was asked for is left without a meaning."""
     plain = LayoutSection()
-    for name, (axis, about) in _NEEDS.items():
+    for name, (axis, about) in NEEDS.items():
         value = getattr(layout, name)
         if value != getattr(plain, name) and (getattr(layout, axis) or 1) == 1:
             said = f"--{name.replace('_', '-')} {value}" if name in _FLAGGED else f"layout.{name}={value}".lower()
