@@ -49,7 +49,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        (("llama3", "--seq", "4", "--cp", "7"), 2, ["--seq 4", "--cp 7", "nearest that works: --cp"]),
+        (("llama3", "--seq", "4", "--cp", "7"), 2, ["--seq 4", "--cp 7", "nearest that works: --cp 2 or --cp 4"]),
         (("llama3", "--cp", "8", "--cp-scheme", "ulysses"), 2, ["ulysses", "at most 4 ranks", "--cp-scheme hybrid"]),
         (("llama3", "--cp", "4", "--cp-scheme", "hybrid:3"), 2, ["hybrid:3", "1, 2 or 4, not 3"]),
         (("llama3", "--cp", "4", "--cp-scheme", "ring:3"), 2, ["ring:3", "takes nothing after its name"]),

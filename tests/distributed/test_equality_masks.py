@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from tests.command import train
+from tests.distributed.pooled_command import train
 from tests.distributed.test_equality import assert_same
 
 pytestmark = pytest.mark.dist

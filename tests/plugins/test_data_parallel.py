@@ -75,6 +75,8 @@ def test_exactly_the_chosen_one_applies_and_on_one_rank_only_to_cast():
 KINDS = GATHER, REDUCE, SUM = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
 UNITS = 2 * 2 + 1
 """Of the small Mixtral: blocks, their experts, the root."""
+NORM = 1
+"""All of its weights are cut alike."""
 
 
 class Collectives(TorchDispatchMode):
@@ -103,13 +105,13 @@ def traffic(chosen, micro_batch):
 @pytest.mark.parametrize(
     ("words", "per_step", "per_microbatch"),
     [
-        ("dp_shard2 zero1", {GATHER: UNITS, REDUCE: UNITS}, {}),
-        ("dp_shard2 zero1 recompute", {GATHER: UNITS, REDUCE: UNITS}, {}),
+        ("dp_shard2 zero1", {GATHER: UNITS, REDUCE: UNITS, SUM: NORM}, {}),
+        ("dp_shard2 zero1 recompute", {GATHER: UNITS, REDUCE: UNITS, SUM: NORM}, {}),
         ("dp_shard2 ddp", {SUM: UNITS}, {}),
-        ("dp_shard2 keep", {}, {GATHER: UNITS, REDUCE: UNITS}),
+        ("dp_shard2 keep", {SUM: NORM}, {GATHER: UNITS, REDUCE: UNITS}),
         # The root keeps its weights from forward to backward anyhow.
-        ("dp_shard2", {}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
-        ("dp_replicate2 dp_shard2", {SUM: UNITS}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
+        ("dp_shard2", {SUM: NORM}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
+        ("dp_replicate2 dp_shard2", {SUM: UNITS + NORM}, {GATHER: 2 * UNITS - 1, REDUCE: UNITS}),
     ],
 )
 def test_messages_of_a_step(words, per_step, per_microbatch):

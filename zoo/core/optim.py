@@ -67,12 +67,15 @@ def clip_gradients(
     serves all.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.grad is not None}
-    cut_alike: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    cut_alike: dict[tuple[tuple[int, ...], ...], tuple[Sequence[ProcessGroup], list[Tensor]]] = {}
     for name, parameter in parameters.items():
         if name not in repeated and parameter.grad is not None:
+            groups = _cutting(parameter)
+            # By their ranks: meshes that were made one after another may have groups of their own for the same.
+            ranks = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
             local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            cut_alike.setdefault(_cutting(parameter), []).append(local)
-    norm = whole_norm(torch.nn.utils.get_total_norm([_whole_norm(*group) for group in cut_alike.items()]))
+            cut_alike.setdefault(ranks, (groups, []))[1].append(local)
+    norm = whole_norm(torch.nn.utils.get_total_norm([_whole_norm(*alike) for alike in cut_alike.values()]))
     if limit > 0:
         for group in _by_mesh(list(parameters.values())):
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)

@@ -288,7 +288,9 @@ def step_traffic(
 
 
 def _norm(account: Account) -> None:
-    """Of the weights that are cut alike, a square is summed over each axis that cuts them."""
-    alike = dict.fromkeys(weight.cut for name, weight in account.weights.items() if name not in account.repeated)
-    for axis in (axis for cut in alike for axis in cut):
+    """Of the weights that the same ranks cut, a square is summed over each axis that cuts them."""
+    counted = [weight.cut for name, weight in account.weights.items() if name not in account.repeated]
+    cuts = {tuple(axis for axis in cut if account.size(axis) > 1) for cut in counted}
+    alike = {tuple(map(account.ranks, cut)): cut for cut in sorted(cuts)}
+    for axis in (axis for cut in alike.values() for axis in cut):
         account.add("all_reduce", axis, "gradient norm", account.master_bytes)

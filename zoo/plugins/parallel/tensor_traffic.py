@@ -98,8 +98,8 @@ def _loss(account: Account, batch: Microbatch) -> None:
 
 
 def _shared(account: Account) -> None:
-    """What is whole on every rank works on the rank's own tokens: its gradient is summed for each microbatch."""
+    """What is whole on every rank works on the rank's own tokens: its gradient is summed each microbatch, in fp32."""
     for weight in account.weights.values():
         if "tp" not in weight.mesh:
-            payload, times = weight.values * account.value_bytes, len(account.batches)
+            payload, times = weight.values * max(4, account.value_bytes), len(account.batches)
             account.add("all_reduce", "tp", "gradients of what is whole", times * payload, messages=times)
