@@ -31,7 +31,7 @@ def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: 
     left, right = book.to_hub(source.tensors), book.to_hub(copy.tensors)
     tensors = [Outgoing(name, shape, cast or left.dtype(name)) for name, shape in book.hub_shapes.items()]
     size = sum(tensor.length for tensor in tensors)
-    with progress("verify", size, passes=2) as tick:
+    with progress("verify", 2 * size) as tick:
         wrong = _differing(left, right, tensors, threads or default_threads(), tick)
     if wrong:
         named = "; ".join(f"{name}: {reason}" for name, reason in sorted(wrong.items())[:3])

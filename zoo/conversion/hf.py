@@ -74,7 +74,7 @@ class HfConverter:
         size = sum(shard.size for shard in shards)
         with (
             unfinished(out, _fingerprint(source, shards)) as (directory, journal),
-            progress(out.name, size, passes=2) as tick,
+            progress(out.name, size) as tick,
         ):
             check_space(directory, size)
             Stream(directory, source, journal, threads=threads or default_threads(), tick=tick).write(shards)

@@ -13,14 +13,14 @@ from zoo.conversion.stream import Tick
 
 
 @contextmanager
-def progress(what: str, size: int, *, passes: int) -> Iterator[Tick]:
-    """A function to be told of bytes as they are done, from any thread; each of `size` is told `passes` times."""
+def progress(what: str, size: int) -> Iterator[Tick]:
+    """A function to be told of bytes as they are done, from any thread; they are `size` in all."""
     lock = threading.Lock()
     off = not sys.stderr.isatty()
     with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=off, leave=False, file=sys.stderr) as bar:
 
         def tick(count: int) -> None:
             with lock:
-                bar.update(count / passes)
+                bar.update(count)
 
         yield tick

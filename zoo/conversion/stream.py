@@ -1,9 +1,9 @@
 """Tensors from a source into files, block by block, by several threads; each block is read back and compared.
 
-A block is read at its place in the source, cast, and written at its place in the target; when 256 MiB are, they are
-read on both sides once more and compared while the next are written: a thread holds two blocks, and none waits for
-another. Reading back mostly goes through the page cache: it finds what this program did wrong, not what a disk loses
-later.
+A block is read at its place in the source, cast, written at its place in the target, and read from there by another
+descriptor before the thread goes on: it holds two blocks, and waits for nobody. Blocks follow one another without
+overlap, so none can spoil another afterwards. What is read back comes from the page cache: this finds what this
+program did wrong, not what a disk loses later.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from zoo.core.contracts import TensorSource
 from zoo.core.errors import DataError
 
 Tick = Callable[[int], None]
-"""Told of bytes as they are done; each byte is told twice, once written and once compared."""
+"""Told of bytes as they are done."""
 
 _RUN_BYTES = 256 << 20
 _WIDEST = 4  # float64 read for bfloat16
@@ -53,73 +54,47 @@ class Stream:
         Raises DataError where a value overflows its new dtype or bytes read back differently, OSError where the disk
         does not take them.
         """
-        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as disk:
             waiting: list[Future[None]] = []
             for shard in shards:
-                self._start(shard)
-                for run in _runs(list(shard.blocks())):
-                    self._write(shard, [block for block in run if not self._found(shard, block)])
-                    waiting.append(disk.submit(sync, self._directory / shard.name))
-                    waiting.append(reader.submit(self._check, shard, run))
+                file, blocks = self._directory / shard.name, self._start(shard)
+                with _opened(file, os.O_RDWR) as target, _opened(file, os.O_RDONLY) as reader:
+                    for run in _runs(blocks):
+                        in_parallel(self._threads, partial(self._settle, shard, target, reader), run)
+                        # The disk takes it while the next is written.
+                        waiting.append(disk.submit(sync, file))
             for done in waiting:
                 done.result()
 
-    def _start(self, shard: Shard) -> None:
-        """The file in its full size, and a header that says to a reader what is to be written where."""
-        file = self._directory / shard.name
-        with _opened(file) as descriptor:
+    def _start(self, shard: Shard) -> Sequence[Block]:
+        """The file in its full size, with a header that says to a reader what is to be written where; its blocks."""
+        file, blocks, end = self._directory / shard.name, list(shard.blocks()), len(shard.header)
+        with _opened(file, os.O_RDWR | os.O_CREAT) as descriptor:
             _write_all(descriptor, memoryview(shard.header), 0)
             if os.fstat(descriptor).st_size != shard.size:
                 os.ftruncate(descriptor, shard.size)
+        for block in blocks:
+            assert block.offset == end, "blocks follow one another"
+            end += block.length
+        assert end == shard.size, "blocks fill the file"
         places = {name: tensor.start for name, tensor in read_header(file).tensors.items()}
         if places != shard.places:
             raise DataError(f"{file} reads back with another header than was written; check the disk and try again")
+        return blocks
 
-    def _check(self, shard: Shard, run: Sequence[Block]) -> None:
-        """Compare what was written. Blocks of an earlier attempt may be lost; they are written again."""
-        wrong = self._differing(shard, run)
-        # A machine that went down may have kept the journal and lost the bytes.
-        lost = [block for block in wrong if self._found(shard, block)]
-        if lost:
-            self._write(shard, lost)
-            sync(self._directory / shard.name)
-            wrong = [block for block in wrong if block not in lost] + self._differing(shard, lost)
-        if wrong:
-            raise DataError(
-                f"{wrong[0].tensor.name} reads back differently from what was written; check the disk and try again"
-            )
-
-    def _found(self, shard: Shard, block: Block) -> bool:
-        """Whether an earlier attempt wrote it."""
-        return (shard.name, block.offset) in self._journal.found
-
-    def _write(self, shard: Shard, blocks: Sequence[Block]) -> None:
-        def write(block: Block, buffer: Tensor) -> None:
-            data = _bytes(self._block(block, buffer))
+    def _settle(self, shard: Shard, target: int, reader: int, block: Block, buffer: Tensor) -> None:
+        """Write a block unless an earlier attempt did and it is there: a machine that went down may have lost it."""
+        data, back = _bytes(self._block(block, buffer[:-BLOCK_BYTES])), buffer[-BLOCK_BYTES:]
+        if (shard.name, block.offset) not in self._journal.found or not _is_there(reader, block, data, back):
             # A file takes one write at a time; who waits here leaves the processor to who reads.
             with self._writing:
-                _write_all(descriptor, data, block.offset)
+                _write_all(target, data, block.offset)
+            if not _is_there(reader, block, data, back):
+                raise DataError(
+                    f"{block.tensor.name} reads back differently from what was written; check the disk and try again"
+                )
             self._journal.add(shard.name, block.offset)
-            self._tick(block.length)
-
-        with _opened(self._directory / shard.name) as descriptor:
-            in_parallel(self._threads, write, blocks)
-
-    def _differing(self, shard: Shard, blocks: Sequence[Block]) -> list[Block]:
-        """Blocks that have other bytes in the file than they should."""
-        wrong = list[Block]()
-
-        def compare(block: Block, buffer: Tensor) -> None:
-            written = buffer[-BLOCK_BYTES:][: block.length].numpy()
-            count = os.preadv(descriptor, [written.data], block.offset)
-            expected = np.frombuffer(_bytes(self._block(block, buffer[:-BLOCK_BYTES])), np.uint8)
-            if count != block.length or not np.array_equal(written, expected):
-                wrong.append(block)
-            self._tick(block.length)
-
-        with _opened(self._directory / shard.name) as descriptor:
-            in_parallel(self._threads, compare, blocks)
-        return wrong
+        self._tick(block.length)
 
     def _block(self, block: Block, buffer: Tensor) -> Tensor:
         """Its values as they are to be written."""
@@ -186,9 +161,16 @@ def _buffer() -> Tensor:
     return torch.empty((_WIDEST + 1) * BLOCK_BYTES, dtype=torch.uint8)
 
 
+def _is_there(reader: int, block: Block, data: memoryview, buffer: Tensor) -> bool:
+    """Whether the file has these bytes at a block's place."""
+    found = buffer[: block.length].numpy()
+    count = os.preadv(reader, [found.data], block.offset)
+    return count == block.length and np.array_equal(found, np.frombuffer(data, np.uint8))
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def _opened(file: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
     finally:
