@@ -63,24 +63,30 @@ class Stream:
                         in_parallel(self._threads, partial(self._settle, shard, target, reader), run)
                         # The disk takes it while the next is written.
                         waiting.append(disk.submit(sync, file))
+                self._check(shard)
             for done in waiting:
                 done.result()
 
     def _start(self, shard: Shard) -> Sequence[Block]:
-        """The file in its full size, with a header that says to a reader what is to be written where; its blocks."""
-        file, blocks, end = self._directory / shard.name, list(shard.blocks()), len(shard.header)
-        with _opened(file, os.O_RDWR | os.O_CREAT) as descriptor:
+        """A file with its header; the blocks to follow. A file that had its full size now would be slow to write."""
+        blocks, end = list(shard.blocks()), len(shard.header)
+        with _opened(self._directory / shard.name, os.O_RDWR | os.O_CREAT) as descriptor:
             _write_all(descriptor, memoryview(shard.header), 0)
-            if os.fstat(descriptor).st_size != shard.size:
-                os.ftruncate(descriptor, shard.size)
         for block in blocks:
             assert block.offset == end, "blocks follow one another"
             end += block.length
         assert end == shard.size, "blocks fill the file"
+        return blocks
+
+    def _check(self, shard: Shard) -> None:
+        """The file as long as it should be, with a header that says to a reader what was written where."""
+        file = self._directory / shard.name
+        if file.stat().st_size != shard.size:
+            os.truncate(file, shard.size)
+            sync(file)
         places = {name: tensor.start for name, tensor in read_header(file).tensors.items()}
         if places != shard.places:
             raise DataError(f"{file} reads back with another header than was written; check the disk and try again")
-        return blocks
 
     def _settle(self, shard: Shard, target: int, reader: int, block: Block, buffer: Tensor) -> None:
         """Write a block unless an earlier attempt did and it is there: a machine that went down may have lost it."""
