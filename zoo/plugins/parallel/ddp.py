@@ -7,38 +7,30 @@ names stay, the gradient norm counts them once, and they may be cut by other axe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.state_memory import Part
     from zoo.core.traffic import Account
 
 
-class ReplicatedData:
+class ReplicatedData(units.DataParallel):
     """`replicate` of every block and of the root, summing gradients."""
 
     name: ClassVar[str] = "ddp"
-    axes: ClassVar[tuple[str, ...]] = units.AXES
-    phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why weights cannot be given up; nothing is cut, so nothing else can be in the way."""
         return units.keeping_objection(request, self.name)
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """Also on one rank when arithmetic and weights differ in type."""
-        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
-        return setup.data_parallel == self.name and (ranks > 1 or units.casts(setup))
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Replicate in place; experts over the ranks that hold the same ones."""
@@ -60,10 +52,6 @@ class ReplicatedData:
         root = units.root(model)
         root.set_requires_gradient_sync(last)
         root.set_reshard_after_backward(last)
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: the feed gives each data-parallel rank its own rows."""
-        return batch
 
     def account(self, account: Account) -> None:
         """Add what units send."""

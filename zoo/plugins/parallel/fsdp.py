@@ -6,37 +6,29 @@ of their own inside their block: dealt out over `ep`, they are sharded over what
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.state_memory import Part
     from zoo.core.traffic import Account
 
 
-class FullyShardedData:
+class FullyShardedData(units.DataParallel):
     """`fully_shard` of every block and of the root, summing gradients."""
 
     name: ClassVar[str] = "fsdp"
-    axes: ClassVar[tuple[str, ...]] = units.AXES
-    phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why experts cannot be cut so."""
         return units.sharding_objection(request)
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """Also on one rank when arithmetic and weights differ in type: FSDP2 then does the casting."""
-        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
-        return setup.data_parallel == self.name and (ranks > 1 or units.casts(setup))
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Shard in place."""
@@ -50,10 +42,6 @@ class FullyShardedData:
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Shards of gradients add up on their rank; copies meet once a step."""
         units.root(model).set_requires_all_reduce(last)
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: the feed gives each data-parallel rank its own rows."""
-        return batch
 
     def account(self, account: Account) -> None:
         """Add what units send."""

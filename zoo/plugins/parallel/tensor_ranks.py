@@ -106,17 +106,13 @@ class _Copy(Function):
         return summed(grad, ctx.group), None
 
 
-class _Share(Function):
+class _Share(_Copy):
     """As `_Copy`, of a parameter: gradients are added up in fp32 or better, as data parallelism adds them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return summed(grad.to(torch.promote_types(grad.dtype, torch.float32)), ctx.group).to(grad.dtype), None
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return summed(wide, ctx.group).to(grad.dtype), None
 
 
 class _Sum(Function):

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan, Setup
+from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
+    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
 
-AXES = ("dp_replicate", "dp_shard")
-"""The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
+
+class DataParallel:
+    """What an adapter is that `layout.data_parallel` may name: how weights live over dp_replicate x dp_shard x cp."""
+
+    name: ClassVar[str]
+    axes: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard")
+    """The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
+    phase: ClassVar[Phase] = Phase.WRAP
+
+    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+        """Also on one rank when arithmetic and weights differ in type: FSDP2 then does the casting."""
+        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
+        return setup.data_parallel == self.name and (ranks > 1 or casts(setup))
+
+    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+        """Unchanged: the feed gives each data-parallel rank its own rows."""
+        return batch
 
 
 _ONCE_A_STEP = ("zero1", "ddp")

@@ -8,37 +8,29 @@ when to gather and when to reduce, so state has the same shards, and the same ch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.state_memory import Part
     from zoo.core.traffic import Account
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(units.DataParallel):
     """Optimizer state over dp_shard x cp; weights and gradients whole from the first forward to the last backward."""
 
     name: ClassVar[str] = "zero1"
-    axes: ClassVar[tuple[str, ...]] = units.AXES
-    phase: ClassVar[Phase] = Phase.WRAP
 
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why experts cannot be cut so, or weights not be kept."""
         return units.keeping_objection(request, self.name) or units.sharding_objection(request)
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """Also on one rank when arithmetic and weights differ in type."""
-        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
-        return setup.data_parallel == self.name and (ranks > 1 or units.casts(setup))
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Shard in place what the optimizer sees."""
@@ -54,10 +46,6 @@ class ShardedOptimizer:
         root = units.root(model)
         root.set_requires_gradient_sync(last)
         root.set_reshard_after_backward(last)
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: the feed gives each data-parallel rank its own rows."""
-        return batch
 
     def account(self, account: Account) -> None:
         """Add what units send: once a step."""
