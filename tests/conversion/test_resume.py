@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ from tests.conversion.test_run import run  # noqa: F401
 from zoo.conversion import stream, unfinished, writer
 from zoo.conversion.compare import compare
 from zoo.conversion.hf import CONVERTER
+from zoo.conversion.hub_source import HubSource
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError
 from zoo.core.plugins import Plugins
@@ -226,6 +229,41 @@ def test_verify_compares_files_too(checkpoint, tmp_path):
     (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(DataError, match="tokenizer_config.json differs"):
         compare(open_checked(str(checkpoint), REGISTRY), open_checked(str(tmp_path / "out"), REGISTRY))
+
+
+def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path, monkeypatch):
+    """All but pages that a run shares with its neighbours; else a large checkpoint fills all memory with its copy."""
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr(stream, "_RUN_BYTES", 1 << 20)
+    save_file({"w": torch.arange(4 << 20, dtype=torch.int32).view(torch.float32)}, tmp_path / "model.safetensors")
+    if not can_leave(tmp_path / "model.safetensors"):
+        pytest.skip("files of this file system are its page cache, as in tmpfs")
+    shard = writer.Shard("copy.safetensors", [writer.Outgoing("w", (4 << 20,), "float32")])
+    with unfinished.unfinished(tmp_path / "out", "one") as (directory, journal):
+        source = HubSource.single(tmp_path / "model.safetensors")
+        stream.Stream(directory, source, journal, threads=2, tick=lambda _bytes: None).write([shard])
+        left = resident_share(directory / shard.name)
+        content = (directory / shard.name).read_bytes()
+    assert left < 0.2
+    assert content[-16 << 20 :] == (tmp_path / "model.safetensors").read_bytes()[-16 << 20 :]
+
+
+def can_leave(file: Path) -> bool:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return resident_share(file) < 0.1
+
+
+def resident_share(file: Path) -> float:
+    """How much of a file is in the page cache, by mincore(2)."""
+    pages = -(-file.stat().st_size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        start = (ctypes.c_char * len(memory)).from_buffer(memory)
+        assert ctypes.CDLL(None, use_errno=True).mincore(start, ctypes.c_size_t(len(memory)), found) == 0
+        del start
+    return sum(byte & 1 for byte in found) / pages
 
 
 def test_checksums_are_those_of_the_bytes(checkpoint):

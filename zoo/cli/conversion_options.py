@@ -18,7 +18,7 @@ _OPTIONS = (
     click.option(
         "--threads",
         type=click.IntRange(1, 64),
-        help="threads that read and write; twice the processors, up to 8, if not given",
+        help="threads that read and write; the processors, up to 8, if not given",
     ),
 )
 
