@@ -71,6 +71,7 @@ MATRIX = (
     "pp2 dp_shard2 zero1 interleaved recompute",
     "pp2 dp_shard2 ep2",
     "pp2 dp_replicate2 zbv",
+    "pp2 dp_replicate2 interleaved",
     # 8 ranks
     "dp_shard4 cp2 ep8",
     "dp_replicate2 dp_shard2 cp2 zero1",
@@ -88,6 +89,7 @@ MATRIX = (
     "pp2 dp_shard2 cp2 interleaved",
     "pp2 dp_shard2 cp2 ep4 zero-bubble",
     "pp2 dp_replicate2 dp_shard2 gpipe",
+    "pp2 dp_replicate2 dp_shard2 ep2 interleaved recompute",
 )
 """Words as tests/layouts.py takes them, by the number of ranks."""
 

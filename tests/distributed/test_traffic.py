@@ -64,6 +64,7 @@ LAYOUTS = [
     ("mixtral-plain", "pp2 dp_shard2 cp2 ep2 interleaved rows4"),
     ("mixtral", "dp_replicate2 dp_shard2 cp2 ep4 ddp"),
     ("llama", "pp4 dp_replicate2 rows8"),
+    ("mixtral", "pp2 dp_replicate2 dp_shard2 ep2 interleaved rows8"),
 ]
 """Models and layouts in the words of tests/layouts.py."""
 

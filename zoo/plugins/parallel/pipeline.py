@@ -107,7 +107,7 @@ class Pipelined:
         self.tp = (mesh.rank("tp"), mesh.size("tp")) if setup.sequence_parallel else (0, 1)
         splits = SCHEDULES[self.schedule_name].splits
         self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
-        self._held = held(model, [cut.blocks[stage] for stage in cut.mine], setup, splits=splits)
+        self._held = held(model, self.stages, [cut.blocks[stage] for stage in cut.mine], setup, splits=splits)
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
         if self.device.type != "cpu":
             # NCCL connects a group in its first call, in which all ranks must take part; a hop leaves some out.

@@ -8,31 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 
 from zoo.core.contracts import Setup
+from zoo.plugins.parallel.stage_model import StageModel
 from zoo.plugins.parallel.units import once_a_step
 
 
 def held(
-    model: nn.Module, stages: Sequence[Sequence[str]], setup: Setup, *, splits: bool
+    model: nn.Module, stages: Sequence[StageModel], blocks: Sequence[Sequence[str]], setup: Setup, *, splits: bool
 ) -> Callable[[], AbstractContextManager[None]]:
-    """What a step of a schedule runs in. `stages` are the blocks of each stage of this rank, `splits` as a Schedule's.
+    """What a step of a schedule runs in. `blocks` are those of each stage of this rank, `splits` as a Schedule's.
 
     Weights that an adapter keeps for a step are gathered once, and gradients that it keeps are summed at the end of it;
     so are all under a schedule that splits, for FSDP2 acts when gradients of inputs are there, too soon. Else the root
-    is gathered once, for all stages pass by it, and the other units as `layout.reshard` says.
+    is gathered once, for all stages pass by it, and the other units as `layout.reshard` says; shards of gradients add
+    up on their rank, and copies meet in a stage's last backward.
     """
     if not isinstance(model, FSDPModule):
         return nullcontext
     if splits or once_a_step(setup):
         return lambda: _once(model)
     model.set_reshard_after_backward(False, recurse=not setup.reshard)
-    _prefetch(model, stages)
+    _prefetch(model, blocks)
+    for stage, names in zip(stages, blocks, strict=True):
+        stage.before_last_backward = partial(_let_copies_meet, model, names, is_end=stage.is_first or stage.is_last)
     return lambda: _given_up_at_last(model)
+
+
+def _let_copies_meet(model: FSDPModule, blocks: Sequence[str], *, is_end: bool) -> None:
+    """Of the blocks of a stage, and if it is an end of the model of the root, where those are."""
+    assert isinstance(model, nn.Module)
+    for name in blocks:
+        _units(model.get_submodule(name))[0].set_requires_all_reduce(True)
+    if is_end:
+        model.set_requires_all_reduce(True, recurse=False)
 
 
 @contextmanager
@@ -55,6 +69,7 @@ def _sum_gradients(model: FSDPModule, now: bool) -> None:
 
 @contextmanager
 def _given_up_at_last(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_all_reduce(False)
     yield
     assert isinstance(model, nn.Module)
     for unit in _units(model):

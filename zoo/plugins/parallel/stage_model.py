@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,8 @@ class StageModel(nn.Module):
         self.index = index
         self.is_first, self.is_last = index == 0, index == cut.num_stages - 1
         self.sums = [module for module in view.modules() if isinstance(module, CarriedSum)]
+        self.before_last_backward: Callable[[], None] | None = None
+        """Called when a step's last backward of this stage begins, if its schedule does not split that."""
         self._step: tuple[Sequence[Batch], Counts, Sums] | None = None
 
     def begin(self, batches: Sequence[Batch], counts: Counts, sums: Sums) -> None:
@@ -45,6 +47,10 @@ class StageModel(nn.Module):
             seam.carried = carried
         entry = batch.tokens if self.is_first else hidden
         losses = as_losses(self.view(entry, batch.positions, batch.mask, batch.labels))
+        call = self.before_last_backward
+        # Microbatches go back in the order in which they came.
+        if call is not None and int(number) == len(batches) - 1:
+            losses.tokens.register_hook(lambda _gradient: call())  # type: ignore[no-untyped-call]
         if isinstance(losses.rows, Tensor) and not self.sums:
             raise UsageError("--pp: this model's loss over rows needs all blocks, and its plan has no seam 'layer_sum'")
         # Only the last stage knows all blocks; the others report the same names.

@@ -55,10 +55,7 @@ def account_sharded(account: Account, *, reshard: bool, once: bool) -> None:
             bytes_gathered, bytes_reduced = values * ranks * account.value_bytes, values * ranks * account.master_bytes
             account.add("all_gather", shard, "weights", gathers * bytes_gathered, messages=gathers)
             account.add("reduce_scatter", shard, "gradients", reductions * bytes_reduced, messages=reductions)
-            # A step's last backward sums copies, and in a pipeline every one.
-            meetings = reductions if account.pipelined else 1
-            reduced = meetings * values * account.master_bytes
-            account.add("all_reduce", "dp_replicate", "gradients", reduced, messages=meetings)
+            account.add("all_reduce", "dp_replicate", "gradients", values * account.master_bytes)
         mesh = ("dp_replicate", shard) if copies else (shard,)
         for name, shape in zip(unit.names, shapes, strict=True):
             weight = account.weights[name]
