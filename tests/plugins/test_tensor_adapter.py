@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -31,10 +31,11 @@ from zoo.core.errors import UsageError
 from zoo.core.inventory import cut_widths
 from zoo.core.mesh import Degrees, Mesh
 from zoo.models.common.loss import TokenLoss
+from zoo.plugins.parallel import tensor_ranks
 from zoo.plugins.parallel.tensor import TensorParallel
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import VocabularyHead
-from zoo.plugins.parallel.tensor_ranks import TensorRanks, share_of
+from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up, share_of
 
 WIDTHS = (("model.layers.*.mlp.gate_proj", 24), ("lm_head", 128_256))
 
@@ -129,7 +130,6 @@ def refusals():
         (nn.Bilinear(2, 2, 2), "colwise"),
         (nn.Embedding(4, 2, padding_idx=0), "vocab"),
         (nn.Linear(2, 4), "vocab"),
-        (nn.MultiheadAttention(2, 1), "sequence"),
     ):
         with pytest.raises(UsageError) as error:
             TensorParallel().apply(Unusual(module), ParallelPlan(block="part", tensor={"part": style}), mesh, setup)
@@ -138,33 +138,51 @@ def refusals():
 
 
 def others():
-    """On a rank: a model whose parts the plan does not cut, or which lacks what it cuts, as stages of a pipeline do."""
+    """On a rank: whether a module that the plan does not cut stays, where it also cuts what is not here."""
     mesh = Mesh(Degrees(tp=1), "cpu")
     setup = Setup(seq=8, context=None, dtype="float64", master_dtype="float64")
-    plan = ParallelPlan(block="part", tensor={"part": "colwise", "head": "vocab"})
-    TensorParallel().apply(Unusual(nn.Identity()), plan, mesh, setup)
-    plan, module = ParallelPlan(block="part"), nn.BatchNorm1d(3)
-    names = module.state_dict().keys()
-    cut = TensorParallel().apply(Unusual(module), plan, mesh, setup).part
-    x = torch.randn(4, 3)
-    wanted, found = copy.deepcopy(module).eval()(x), cut.eval()(x)
-    return names == cut.state_dict().keys(), type(cut).__name__, wanted.detach(), found.detach()
+    plan, module = ParallelPlan(block="part", tensor={"part": "colwise", "head": "vocab"}), nn.Identity()
+    kept = [TensorParallel().apply(Unusual(module), plan, mesh, setup).part is module]
+    plan, module = ParallelPlan(block="part"), nn.MultiheadAttention(2, 1)
+    kept.append(TensorParallel().apply(Unusual(module), plan, mesh, setup).part is module)
+    return kept
 
 
 @pytest.mark.dist
 def test_a_plan_that_cannot_be_followed_is_refused():
     said = ranks.run(1, refusals)[0]
-    words = "Bilinear is no linear layer", "padding_idx", "no seam 'loss'", "beside modules of its own"
+    words = "Bilinear is no linear layer", "padding_idx", "no seam 'loss'"
     for sentence, word in zip(said, words, strict=True):
         assert word in sentence
 
 
 @pytest.mark.dist
-def test_what_is_not_here_is_not_cut_and_what_is_not_cut_keeps_its_names():
-    same_names, kind, wanted, found = ranks.run(1, others)[0]
-    assert same_names
-    assert kind == "OnTokens"
-    torch.testing.assert_close(found, wanted)
+def test_what_is_not_here_is_not_cut_and_what_is_not_cut_stays_as_it_is():
+    assert ranks.run(1, others)[0] == [True, True]
+
+
+KINDS = (((3, 5), torch.float32), ((), torch.float64), ((4, 7), torch.bfloat16), ((0, 2), torch.float32))
+"""Shapes and dtypes, of what is sent as four values a message."""
+
+
+def sums():
+    """On a rank: tensors of its own, some of them views with gaps, and their sums over ranks."""
+    torch.manual_seed(dist.get_rank())
+    own = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape, dtype in KINDS * 2]
+    spaced = torch.randn(6, 2, dtype=torch.float64)
+    added = [*(tensor.clone() for tensor in own), spaced.clone()[:, 1]]
+    with mock.patch.object(tensor_ranks, "_MESSAGE_VALUES", 4):
+        add_up(added, dist.group.WORLD)
+    return [*own, spaced[:, 1].clone()], added
+
+
+@pytest.mark.dist
+def test_parts_of_gradients_add_up_whatever_goes_together():
+    found = ranks.run(3, sums)
+    for parts, added in zip(*(zip(*tensors, strict=True) for tensors in zip(*found, strict=True)), strict=True):
+        wanted = sum(part.double() for part in parts).to(parts[0].dtype)
+        for value in added:
+            torch.testing.assert_close(value, wanted)
 
 
 def losses(sequence):

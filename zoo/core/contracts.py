@@ -336,7 +336,7 @@ class Setup:
 class ParallelAdapter(Protocol):
     """How one kind of parallelism changes a built model, from outside.
 
-    May be `zoo.core.order.Accumulating` and `zoo.core.state_memory.Holding` too.
+    May be `zoo.core.order.Accumulating` and `Completing` and `zoo.core.state_memory.Holding` too.
     """
 
     name: str

@@ -94,6 +94,28 @@ class OneByOne:
         return norm
 
 
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Another order, and what completes its gradients."""
+
+    inner: ForwardBackward
+    complete: Callable[[], None]
+
+    def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
+        """As `ForwardBackward.run`."""
+        sums = self.inner.run(model, batches, counts)
+        self.complete()
+        return sums
+
+    def repeated(self) -> Collection[str]:
+        """As of the other."""
+        return self.inner.repeated()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """As of the other."""
+        return self.inner.whole_norm(norm)
+
+
 def as_losses(returned: Tensor | Losses) -> Losses:
     """What a model returned with labels; most return their token losses and nothing else."""
     return returned if isinstance(returned, Losses) else Losses(returned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
-from zoo.core.forward_backward import ForwardBackward, OneByOne, Scheduler
+from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne, Scheduler
 from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ class Accumulating(Protocol):
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Called with the built model before each microbatch's forward."""
+
+
+@runtime_checkable
+class Completing(Protocol):
+    """An adapter whose ranks have parts of gradients until a step's last backward is done."""
+
+    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+        """Called on every rank once a step, before the gradients' norm is taken: add the parts up in place."""
 
 
 def build(
@@ -62,10 +71,12 @@ def forward_backward(
     model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
 ) -> ForwardBackward:
     """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
+    orders = [a.forward_backward(model, plan, mesh, setup) for a in adapters if isinstance(a, Scheduler)]
+    strategy = orders[0] if orders else OneByOne(_microbatch_hook(model, adapters))
     for adapter in adapters:
-        if isinstance(adapter, Scheduler):
-            return adapter.forward_backward(model, plan, mesh, setup)
-    return OneByOne(_microbatch_hook(model, adapters))
+        if isinstance(adapter, Completing):
+            strategy = Completed(strategy, partial(adapter.complete_gradients, model, mesh, setup))
+    return strategy
 
 
 def _microbatch_hook(model: nn.Module, adapters: Sequence[ParallelAdapter]) -> Callable[[bool], None]:

@@ -1,7 +1,8 @@
 """The `tensor` adapter: matrices are cut over the axis `tp` as the plan says, norms and the residual on tokens.
 
 Megatron's cut (1909.08053, 2205.05198): `colwise` matrices by outputs, `rowwise` ones by inputs, embedding and head by
-words of the vocabulary; what sees tokens one by one is whole on every rank, on its own tokens.
+words of the vocabulary. What sees tokens one by one, experts too, is whole on every rank, on its own tokens: gradients
+are parts until a step's last backward is done.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,
     CutModule,
-    OnTokens,
     Rowwise,
-    SharedMatmul,
     SharedRow,
     VocabularyEmbedding,
     VocabularyHead,
 )
 from zoo.plugins.parallel.tensor_overlap import OverlappingRanks
-from zoo.plugins.parallel.tensor_ranks import TensorRanks
+from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up
 from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
@@ -76,8 +75,8 @@ class TensorParallel:
         for name, style in styles.items():
             if style != "sequence":
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
-        if ranks.sequence:
-            _share_the_rest(model, plan, ranks)
+        if ranks.sequence and "row_sum" in plan.seams:
+            swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=self.name)
         if "vocab" in styles.values():
             if "loss" not in plan.seams:
                 raise UsageError(
@@ -92,9 +91,19 @@ class TensorParallel:
         """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
         return batch
 
+    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+        """Under sequence parallelism a rank's gradients of what is not cut are of its own tokens: add them up."""
+        if setup.sequence_parallel:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None and not _is_cut(p)]
+            add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
+
     def account(self, account: Account) -> None:
-        """Add what hidden states cost where they meet cut matrices."""
+        """Add what hidden states cost where they meet cut matrices, and what is not cut in the end."""
         account_tensor(account)
+
+
+def _is_cut(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
 
 
 def _counts(request: LayoutRequest) -> list[tuple[int, str]]:
@@ -108,25 +117,6 @@ def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
     """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
     held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
-
-
-def _share_the_rest(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:
-    """What is not cut works on this rank's tokens, experts and what counts a row included."""
-    experts = [name for glob in plan.expert for name in find(model, glob)]
-    for name, module in list(model.named_modules()):
-        dealt_out = any(name == expert or name.startswith(f"{expert}.") for expert in experts)
-        if isinstance(module, CutModule) or dealt_out or not any(True for _ in module.parameters(recurse=False)):
-            continue
-        if any(True for _ in module.children()):
-            raise UsageError(
-                f"--tp cannot cut the tokens of '{name}', which has parameters beside modules of its own; "
-                f"type --set layout.sequence_parallel=false"
-            )
-        model.set_submodule(name, OnTokens(ranks, module))
-    if "grouped_matmul" in plan.seams:
-        swap(model, plan.seams["grouped_matmul"], lambda old: SharedMatmul(old, ranks), owner="tensor")
-    if "row_sum" in plan.seams:
-        swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner="tensor")
 
 
 class _Cutter:

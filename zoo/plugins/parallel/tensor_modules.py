@@ -6,11 +6,8 @@ checkpoints and norms know the whole it is part of; what is computed with is the
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.func import functional_call
 from torch.nn import functional
 
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
@@ -50,7 +47,7 @@ class Rowwise(CutModule):
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, inputs / P]` to outputs as the residual lies."""
         out = self.ranks.leave_linear(x, here(self.weight))
-        return out if self.bias is None else out + self.ranks.shared(self.bias)
+        return out if self.bias is None else out + self.bias
 
 
 class VocabularyEmbedding(CutModule):
@@ -79,38 +76,6 @@ class VocabularyHead(CutModule):
         logits = functional.linear(self.ranks.enter(h), here(self.weight), _maybe_here(self.bias))
         assert isinstance(self.weight, DTensor)
         return DTensor.from_local(logits, self.weight.device_mesh, [Shard(2)], run_check=False).full_tensor()
-
-
-class OnTokens(CutModule):
-    """Any module that sees tokens one by one, on this rank's tokens: every rank has it whole, gradients are summed."""
-
-    def __init__(self, ranks: TensorRanks, inner: nn.Module) -> None:
-        super().__init__(ranks, dict(inner.named_parameters(recurse=False)))
-        for name, buffer in inner.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name in inner.state_dict())
-        # Not a submodule: its parameters are ours.
-        self._inner = (inner,)
-
-    def forward(self, *args: Any) -> Any:
-        """What the module itself returns for these tokens."""
-        tensors = {name: self.ranks.shared(p) for name, p in self.named_parameters(recurse=False)}
-        (inner,) = self._inner
-        inner.training = self.training
-        return functional_call(inner, tensors | dict(self.named_buffers(recurse=False)), args)
-
-
-class SharedMatmul(nn.Module):
-    """The grouped-matmul seam where each rank of `tp` has its own tokens for the same experts: gradients are summed."""
-
-    def __init__(self, matmul: nn.Module, ranks: TensorRanks) -> None:
-        super().__init__()
-        self.matmul = matmul
-        self.ranks = ranks
-
-    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        out: Tensor = self.matmul(rows, self.ranks.shared(local), counts)
-        return out
 
 
 class SharedRow(nn.Module):

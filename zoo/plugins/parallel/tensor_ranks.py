@@ -6,8 +6,8 @@ cut on T: every rank has ceil(T / P) tokens, the last ones what is left. Otherwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # torch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_MESSAGE_VALUES = 16 << 20
+"""Values that are sent in one message at least, where there are as many: 64 MiB in fp32."""
+
+_Item = TypeVar("_Item")
 
 
 class TensorRanks:
@@ -64,13 +69,6 @@ class TensorRanks:
         """A product whose sum over ranks is wanted: x `[B, T, I]`, weight `[D, I]`, to the residual's layout."""
         return self.leave(functional.linear(x, weight))
 
-    def shared(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds whole and applies to its part of the residual: gradients are summed."""
-        if not self.sequence:
-            return parameter
-        copied: Tensor = _Share.apply(parameter, self.group)  # type: ignore[no-untyped-call]
-        return copied
-
     def total(self, counts: Tensor) -> Tensor:
         """Integers without gradient, of this rank's tokens, summed over ranks."""
         return summed(counts, self.group)
@@ -104,15 +102,6 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return summed(grad, ctx.group), None
-
-
-class _Share(_Copy):
-    """As `_Copy`, of a parameter: gradients are added up in fp32 or better, as data parallelism adds them."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return summed(wide, ctx.group).to(grad.dtype), None
 
 
 class _Sum(Function):
@@ -158,6 +147,30 @@ def summed(x: Tensor, group: ProcessGroup) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
+
+
+def add_up(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Sum each over ranks in place, in fp32 or better: large ones alone, the others of a dtype in one message."""
+    for together in in_messages(tensors, Tensor.numel, lambda tensor: str(tensor.dtype)):
+        wide = torch.promote_types(together[0].dtype, torch.float32)
+        total = torch.cat([tensor.reshape(-1).to(wide) for tensor in together])
+        dist.all_reduce(total, group=group)
+        parts = torch.split(total, [tensor.numel() for tensor in together])
+        for tensor, part in zip(together, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def in_messages(
+    items: Iterable[_Item], values: Callable[[_Item], int], kind: Callable[[_Item], str]
+) -> Iterator[list[_Item]]:
+    """What goes together: small ones of a kind, until they are a large one."""
+    waiting: dict[str, list[_Item]] = {}
+    for item in items:
+        together = waiting.setdefault(kind(item), [])
+        together.append(item)
+        if sum(map(values, together)) >= _MESSAGE_VALUES:
+            yield waiting.pop(kind(item))
+    yield from waiting.values()
 
 
 def gathered(x: Tensor, length: int, group: ProcessGroup) -> Tensor:

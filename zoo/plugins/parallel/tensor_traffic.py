@@ -12,6 +12,7 @@ from zoo.core.contracts import TensorStyle
 from zoo.core.seams import matches
 from zoo.core.traffic import COUNT_BYTES, Account, Kind, Microbatch, Weight
 from zoo.plugins.parallel.tensor_loss import chunk_rows
+from zoo.plugins.parallel.tensor_ranks import in_messages
 
 _CUT = ("colwise", "rowwise", "vocab")
 
@@ -28,7 +29,7 @@ def account_tensor(account: Account) -> None:
         if account.is_last:
             _loss(account, batch)
     if account.setup.sequence_parallel:
-        _shared(account)
+        account.afterwards.append(lambda: _uncut(account))
 
 
 def _styles(account: Account) -> dict[str, TensorStyle]:
@@ -97,9 +98,9 @@ def _loss(account: Account, batch: Microbatch) -> None:
         account.add("all_reduce", "tp", "counts of a row", account.experts.num_experts * COUNT_BYTES)
 
 
-def _shared(account: Account) -> None:
-    """What is whole on every rank works on the rank's own tokens: its gradient is summed each microbatch, in fp32."""
-    for weight in account.weights.values():
-        if "tp" not in weight.mesh:
-            payload, times = weight.values * max(4, account.value_bytes), len(account.batches)
-            account.add("all_reduce", "tp", "gradients of what is whole", times * payload, messages=times)
+def _uncut(account: Account) -> None:
+    """What is whole on every rank saw the rank's own tokens: what data parallelism left of its gradient is summed."""
+    left = [weight.values for weight in account.weights.values() if "tp" not in weight.mesh and weight.values]
+    messages = len(list(in_messages(left, int, lambda _values: account.setup.master_dtype)))
+    payload = sum(left) * max(4, account.master_bytes)
+    account.add("all_reduce", "tp", "gradients of what is whole", payload, messages=messages)
