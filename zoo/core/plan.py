@@ -23,6 +23,9 @@ class ParallelPlan:
     block: str
     """The unit of FSDP, recompute, compile and pipeline: `model.layers.*`."""
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
+    """What `tp` does to modules: `colwise` cuts outputs, `rowwise` inputs, `vocab` words; `sequence` stays whole and
+    works on the residual. What is not named is whole too, and may stand between matrices that are cut, as a norm of
+    heads does."""
     expert: tuple[str, ...] = ()
     """Modules whose parameters have experts on dim 0."""
     seams: Mapping[SeamName, str] = field(default_factory=dict)

@@ -66,7 +66,8 @@ class TensorParallel:
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
 
-        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
+        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss,
+        or if it must say of a module where it stands and does not.
         """
         kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
         ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
@@ -75,7 +76,9 @@ class TensorParallel:
         for name, style in styles.items():
             if style != "sequence":
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
-        if ranks.sequence and "row_sum" in plan.seams:
+        if not ranks.sequence:
+            _check_places(model, styles)
+        elif "row_sum" in plan.seams:
             swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=self.name)
         if "vocab" in styles.values():
             if "loss" not in plan.seams:
@@ -117,6 +120,16 @@ def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
     """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
     held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
+
+
+def _check_places(model: nn.Module, styles: Mapping[str, TensorStyle]) -> None:
+    """Without sequence parallelism gradients on the residual are whole and others parts, as only a plan can tell."""
+    for name, module in model.named_modules():
+        if name not in styles and any(True for _ in module.parameters(recurse=False)):
+            raise UsageError(
+                f"--tp with layout.sequence_parallel=false must know whether '{name}' works on the residual, and the "
+                f"model's plan does not name it in 'tensor'; type --set layout.sequence_parallel=true"
+            )
 
 
 class _Cutter:
