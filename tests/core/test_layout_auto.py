@@ -80,7 +80,7 @@ def test_every_size_gets_a_layout_or_the_number_of_devices_it_takes(family, size
 degrees = st.sampled_from([None, None, None, 1, 2, 3, 4, 8])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     size=st.sampled_from(SIZES),
     seq=st.sampled_from([1000, 1024, 8192, 131_072, 1 << 20]),

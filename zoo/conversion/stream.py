@@ -68,7 +68,7 @@ class Stream:
                     for run in _runs(blocks):
                         in_parallel(self._threads, partial(self._settle, shard, target, reader), run)
                         # The disk takes it while the next is written; that may be ahead of it by one more.
-                        waiting.append(disk.submit(_put_away, file, run))
+                        waiting.append(disk.submit(_put_away, file))
                         if len(waiting) > _RUNS_AHEAD:
                             waiting.popleft().result()
                 self._check(shard)
@@ -167,13 +167,11 @@ def _runs(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
         yield blocks[start:]
 
 
-def _put_away(file: Path, run: Sequence[Block]) -> None:
-    """On the disk, and out of the page cache."""
-    sync(file)
-    if run:
-        with _opened(file, os.O_RDONLY) as descriptor:
-            size = run[-1].offset + run[-1].length - run[0].offset
-            os.posix_fadvise(descriptor, run[0].offset, size, os.POSIX_FADV_DONTNEED)
+def _put_away(file: Path) -> None:
+    """What is written, on the disk and out of the page cache."""
+    with _opened(file, os.O_RDONLY) as descriptor:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _buffer() -> Tensor:

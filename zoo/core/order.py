@@ -71,8 +71,10 @@ def forward_backward(
     model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
 ) -> ForwardBackward:
     """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
-    orders = [a.forward_backward(model, plan, mesh, setup) for a in adapters if isinstance(a, Scheduler)]
-    strategy = orders[0] if orders else OneByOne(_microbatch_hook(model, adapters))
+    scheduler = next((adapter for adapter in adapters if isinstance(adapter, Scheduler)), None)
+    strategy: ForwardBackward = OneByOne(_microbatch_hook(model, adapters))
+    if scheduler is not None:
+        strategy = scheduler.forward_backward(model, plan, mesh, setup)
     for adapter in adapters:
         if isinstance(adapter, Completing):
             strategy = Completed(strategy, partial(adapter.complete_gradients, model, mesh, setup))

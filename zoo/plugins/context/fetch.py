@@ -7,6 +7,8 @@ the rows for each reader first. Shape letters: B rows, T tokens of this rank, G 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from zoo.plugins.context.fetch_plan import FetchPlan, fetch_plan
 _KEYS, _GRADIENTS = 0, 1
 
 
-class FetchScheme:
+class FetchScheme(ABC):
     """Own keys are computed with while the first heads of the others travel, and those while the next ones do.
 
     Two buffers hold two groups of heads; gradients of fetched rows go back in fp32 (fp64 stays) one group behind.
@@ -35,9 +37,9 @@ class FetchScheme:
         """None: any rows can be fetched."""
         return None
 
+    @abstractmethod
     def num_groups(self, heads: HeadShape, degree: int) -> int:
         """In how many parts the key/value heads are fetched."""
-        raise NotImplementedError
 
     def plan(self, mask: Mask, layout: SequenceLayout, rank: int, heads: HeadShape) -> FetchPlan:
         return fetch_plan(mask, layout, rank, heads, num_groups=self.num_groups(heads, layout.degree))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zoo.core.traffic import Account
 
 
-class ReplicatedData(units.DataParallel):
+class ReplicatedData(units.DataParallelOnceAStep):
     """`replicate` of every block and of the root, summing gradients."""
 
     name: ClassVar[str] = "ddp"
@@ -46,12 +46,6 @@ class ReplicatedData(units.DataParallel):
     def whole(self, setup: Setup) -> Collection[Part]:
         """Everything."""
         return {"weights", "gradients", "optimizer"}
-
-    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
-        """Nothing travels before the last, and the copy of the weights that is computed on is made once a step."""
-        root = units.root(model)
-        root.set_requires_gradient_sync(last)
-        root.set_reshard_after_backward(last)
 
     def account(self, account: Account) -> None:
         """Add what units send."""

@@ -36,6 +36,16 @@ class DataParallel:
         return batch
 
 
+class DataParallelOnceAStep(DataParallel):
+    """One that keeps weights whole, and gradients where they are, until a step's last backward."""
+
+    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
+        """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
+        unit = root(model)
+        unit.set_requires_gradient_sync(last)
+        unit.set_reshard_after_backward(last)
+
+
 _ONCE_A_STEP = ("zero1", "ddp")
 
 

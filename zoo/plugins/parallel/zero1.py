@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zoo.core.traffic import Account
 
 
-class ShardedOptimizer(units.DataParallel):
+class ShardedOptimizer(units.DataParallelOnceAStep):
     """Optimizer state over dp_shard x cp; weights and gradients whole from the first forward to the last backward."""
 
     name: ClassVar[str] = "zero1"
@@ -40,12 +40,6 @@ class ShardedOptimizer(units.DataParallel):
     def whole(self, setup: Setup) -> Collection[Part]:
         """Weights, and gradients where they add up over microbatches."""
         return {"weights", "gradients"} if setup.pipeline.microbatches > 1 else {"weights"}
-
-    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
-        """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
-        root = units.root(model)
-        root.set_requires_gradient_sync(last)
-        root.set_reshard_after_backward(last)
 
     def account(self, account: Account) -> None:
         """Add what units send: once a step."""
