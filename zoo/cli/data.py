@@ -114,6 +114,7 @@ def _lines(found: Survey, seq: int) -> Iterator[str]:
     for power, count in sorted(found.lengths.items()):
         yield f"  up to {2**power:>9,} tokens: {count:,}"
     yield from _problems(f"longer than a row of {seq:,} tokens (see --overlong)", found.overlong)
+    yield from (f"warning   {line}" for line in found.remarks.lines())
     yield from _problems("without a trained token (see --loss-on)", found.untrained)
     yield from _problems("broken", found.broken)
 
@@ -132,4 +133,5 @@ def _as_json(found: Survey) -> dict[str, Any]:
     for name in ("overlong", "untrained", "broken"):
         problems: Problems = getattr(found, name)
         kept[name] = {"count": problems.count, "first": problems.first}
+    kept["warnings"] = found.remarks.as_json()
     return kept

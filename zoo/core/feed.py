@@ -85,6 +85,10 @@ class Feed:
         # Last, for the thread sets out at once.
         self._next = self._submit()
 
+    def ahead(self) -> Position | None:
+        """How far the data is read for the next step; None if there is none. Raises what reading it raised."""
+        return self._next.result().position if self._next is not None else None
+
     def step(self, device: torch.device) -> StepData:
         """The next step's data, at most `steps` times. Raises, on every rank, what reading it raised."""
         assert self._next is not None, "a feed gives as many steps as it was made for"

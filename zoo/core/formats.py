@@ -88,11 +88,22 @@ class Converter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Remark:
+    """Something odd about a sample that is trained all the same. It is counted, and said before the first step."""
+
+    kind: str
+    """What is counted, in the words that are printed: `turns whose reasoning the chat template leaves out`."""
+    place: str = ""
+    """Where in the record: `message 2`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One document: token ids, and for each whether it is a target of training."""
 
     tokens: Sequence[int]
     trained: Sequence[bool]
+    remarks: Sequence[Remark] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zoo.core.registry import Registry
     from zoo.core.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the state. Another version cannot be resumed from."""
 
 
@@ -78,12 +78,13 @@ class RowStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row taken, as JSON: kilobytes, whatever the corpus."""
+        self._before = replace(self._before, remarks=self._before.remarks.settled())
         return {
             "version": VERSION,
             "options": self._identity,
             "cursor": asdict(self._cursor),
             "row": self._row,
-            "before": asdict(self._before),
+            "before": self._before.as_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,7 +103,7 @@ class RowStream:
             carried=tuple((shard, offset, number) for shard, offset, number in saved["carried"]),
         )
         self._row = state["row"]
-        self._before = Stats(**state["before"])
+        self._before = Stats.from_json(state["before"])
         self._window = self._ahead = None
 
     def close(self) -> None:

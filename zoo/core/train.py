@@ -158,17 +158,19 @@ class _Run:
         if self.stream is not None:
             self.stream.close()
 
-    def rows_read(self) -> str:
-        """What became of the samples so far. Nothing is left out in silence."""
-        stats, fill = self.position.stats, 100 * self.position.fill
+    def rows_read(self, position: Position) -> str:
+        """What became of the samples up to a position. Nothing is left out in silence."""
+        stats, fill = position.stats, 100 * position.fill
         if stats is None:
             return ""
         trained = 100 * stats.trained_tokens / max(1, stats.tokens)
-        return (
+        rows = (
             f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
             f"trained; {stats.split:,} split, {stats.truncated:,} truncated, {stats.dropped:,} dropped, "
             f"{stats.blank:,} blank"
+            f"{f'; {stats.unlabelled:,} pieces without a label left out' if stats.unlabelled else ''}"
         )
+        return "\n".join([rows, *(f"{'warning':<10}{line}" for line in stats.remarks.lines())])
 
     @property
     def info(self) -> RunInfo:
@@ -187,6 +189,10 @@ class _Run:
 def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     voice.started()
+    ahead = run.feed.ahead()
+    if ahead is not None:
+        # Before the first step: what is wrong with the data need not cost one.
+        voice.noted(run.rows_read(ahead))
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
@@ -197,8 +203,8 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
             voice.stepped(run.meter.flush())
-        if step == run.first_step + 1 or last:
-            voice.noted(run.rows_read())
+        if last:
+            voice.noted(run.rows_read(run.position))
         _heard(run.saver.ended(), voice)
         if due:
             _save(run, voice, must=last or stopping)

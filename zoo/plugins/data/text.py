@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.core.errors import DataError
 from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
+from zoo.plugins.data.markers import spelt_remarks
 
 
 def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -25,4 +26,4 @@ def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample
         tokens.insert(0, tokenizer.bos_id)
     if tokenizer.eos_id is not None:
         tokens.append(tokenizer.eos_id)
-    return Sample(tokens, [True] * len(tokens))
+    return Sample(tokens, [True] * len(tokens), spelt_remarks((text,), tokenizer))
