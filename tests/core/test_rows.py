@@ -92,12 +92,11 @@ def test_every_token_appears_once_an_epoch_but_for_pieces_of_one_token(shards, s
     """Which no token comes before, so that they train nothing."""
     source, _ = numbered(shards)
 
-    def kept(length):
-        return length - 1 if length > seq and length % seq == 1 else length
+    def kept(record):
+        length, one_left = record["length"], record["length"] > seq and record["length"] % seq == 1
+        return range(record["first"], record["first"] + length - one_left)
 
-    expected = sorted(
-        t for part in source.parts for r in part for t in range(r["first"], r["first"] + kept(r["length"]))
-    )
+    expected = sorted(token for part in source.parts for record in part for token in kept(record))
     with stream_of(source, seq=seq, seed=seed) as stream:
         rows = epoch_of(stream)
     seen = sorted(t for row in rows for a, b in row.documents for t in row.tokens[a:b].tolist())

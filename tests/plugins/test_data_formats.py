@@ -149,10 +149,8 @@ def test_tools_and_variables_reach_the_template_and_other_columns_do_not(registr
         "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}"
     )
     tokenizer = made["llama3"].with_chat_template(tmp_path / "t.jinja")
-    messages = [
-        {"role": "user", "content": "", "tool_calls": [{"id": "c1", "function": {"name": "f"}}]},
-        {"role": "assistant", "content": "ok"},
-    ]
+    calls = [{"id": "c1", "function": {"name": "f"}}]
+    messages = [{"role": "user", "content": "", "tool_calls": calls}, {"role": "assistant", "content": "ok"}]
     fields = {"messages": messages, "chat_template_kwargs": {"mode": "m", "messages": []}, "prompt_id": 1}
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
         document = samples_of(registry, tokenizer)(**fields, tools=tools)
@@ -244,7 +242,7 @@ def test_a_completion_of_messages(registry, made):
         (["text", "prompt", "meta"], "text"),
         (["messages", "prompt", "prompt_id"], "messages"),
         (["prompt", "completion"], "completion"),
-        (["instruction", "output"], None),
+        (["input", "output"], None),
         ([], None),
     ],
 )
