@@ -154,7 +154,7 @@ def _check_fast(loaded: Any, path: Path) -> None:
     if not getattr(loaded, "is_fast", False) or not isinstance(getattr(loaded, "backend_tokenizer", None), Backend):
         raise DataError(
             f"{path}: the tokenizer is a {type(loaded).__name__}, written in Python, which does not say where in a "
-            "text its tokens begin; save it as a tokenizer.json with transformers, or give another directory with --from"
+            "text its tokens begin; save it once as a tokenizer.json, or give another directory with --from DIR"
         )
 
 
