@@ -50,18 +50,26 @@ class _PooledAgent:
     def __init__(self, config, _program):
         self._world = config.nproc_per_node
 
-    def __call__(self, flag, module, folder):
-        assert (flag, module) == ("-m", worker.__name__)
+    def __call__(self, *words):
+        *_, target, folder = words
+        assert target == launch.TRAINING.target
         # As the agent does it: the store is the launcher's, on a port that the system chose.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
             ranks.run(self._world, _be_a_worker, folder, store.port, group=False)
         except ranks.RankError:
             # The first rank that fails ends all others; which it was is in the folder.
-            raise ChildFailedError(module, {0: ProcessFailure(0, 0, 1, "<none>")}) from None
+            left = [int(path.stem) for path in Path(folder).glob("[0-9]*.error")] or [0]
+            failures = {rank: ProcessFailure(rank, 0, 1, "<none>") for rank in left}
+            raise ChildFailedError(target, failures) from None
 
 
 def _be_a_worker(folder, port):
-    """On a rank: what `python -m zoo.core.worker FOLDER` does until it ends."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    """On a rank: what a process of the launcher does until it ends."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RUN_ID=folder,
+    )
     assert worker.answer(worker.train_as_asked, Path(folder)) == 0

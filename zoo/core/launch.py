@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,8 +23,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from zoo.core import bootstrap
+from zoo.core.bootstrap import PATH_FILE, start_file
 from zoo.core.device import accelerator_type, num_cores
-from zoo.core.errors import ZooError
+from zoo.core.errors import ZooError, error_of
 from zoo.core.watchdog import RESUMES, Watchdog
 
 
@@ -34,9 +37,10 @@ def inside_launcher() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A program for ranks: `python -m MODULE FOLDER`, and what a user is told of its end before time."""
+    """A program for ranks, and what a user is told of its end before time."""
 
-    module: str
+    target: str
+    """`package.module:function`, called on every rank as `function(payload, office)`."""
     on_signal: str
     """What a first SIGTERM or SIGINT brings about, and a second one."""
     again: str
@@ -44,7 +48,7 @@ class Work:
 
 
 TRAINING = Work(
-    module="zoo.core.worker",
+    target="zoo.core.worker:train_as_asked",
     on_signal="finishing the step, then saving. Again aborts without saving",
     again=RESUMES,
 )
@@ -64,15 +68,14 @@ def launch(
     hung, all are started again, `max_restarts` times at most; a rank hangs if it has not beaten for `timeout_s`. Raises
     what the ranks raised: a ZooError as it is, anything else as WorkerDied.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
-    # Ranks whose peer is gone have nothing to finish, and do not end by a SIGTERM that they take as a wish.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     for restart in range(max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
             office = Office(Path(folder))
             office.payload.write_text(json.dumps(payload))
+            office.path.write_text(json.dumps([entry for entry in sys.path if isinstance(entry, str)]))
             try:
-                _start(office, num_ranks, work, timeout_s)
+                with _environment(num_ranks):
+                    _start(office, num_ranks, work, timeout_s)
             except WorkerDied as died:
                 if restart == max_restarts or office.stopping.exists():
                     raise
@@ -102,7 +105,7 @@ def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) 
     watchdog = Watchdog(office.root, timeout_s)
     try:
         with watchdog:
-            elastic_launch(config, sys.executable)("-m", work.module, str(office.root))
+            elastic_launch(config, sys.executable)(*_interpreter_flags(), _BOOTSTRAP, work.target, str(office.root))
     except ChildFailedError as error:
         if watchdog.verdict:
             sys.stderr.write(watchdog.stacks)
@@ -136,6 +139,11 @@ class Office:
     @property
     def payload(self) -> Path:
         return self.root / "job.json"
+
+    @property
+    def path(self) -> Path:
+        """JSON: `sys.path` of this process, for the ranks to import by."""
+        return self.root / PATH_FILE
 
     @property
     def answer(self) -> Path:
@@ -172,25 +180,81 @@ class Office:
         fresh.replace(self.root / f"{rank}.error")
 
     def verdict(self, failure: ChildFailedError, work: Work) -> ZooError:
-        """The error that started it: a rank's own word first, then a killed rank, then the earliest exception."""
+        """Return the error that started it.
+
+        A rank's own word comes first, then a rank that ended without one, then the earliest exception: what ranks say
+        when a peer is gone is no cause.
+        """
         said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
         spoken = next((s for s in said if s["zoo"]), None)
         if spoken:
-            kinds = {kind.exit_code: kind for kind in ZooError.__subclasses__() if kind is not WorkerDied}
-            return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
-        killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
-        silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
-        if silent:
-            rank, code = silent[0]
-            name = signal.Signals(-code).name
-            hint = " (often: out of memory)" if name == "SIGKILL" else ""
-            return WorkerDied(f"rank {rank} was killed by {name}{hint}", work)
-        if said:
+            return error_of(spoken["exit_code"], spoken["message"])
+        ended = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
+        silent = [(rank, f.exitcode) for rank, f in ended if not (self.root / f"{rank}.error").exists()]
+        # By SIGTERM the launcher ends those that are left.
+        causes = [(rank, code) for rank, code in silent if code != -signal.SIGTERM]
+        if not causes and said:
             if os.environ.get("ZOO_DEBUG"):
                 sys.stderr.write(said[0]["traceback"])
             return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
-        rank, first = next(iter(failure.failures.items()))
-        return WorkerDied(f"rank {rank} ended with status {first.exitcode} before it could say why", work)
+        return WorkerDied(self._end_of(*(causes or silent)[0]), work)
+
+    def _end_of(self, rank: int, code: int) -> str:
+        """Say how a rank ended that left no word."""
+        if code < 0:
+            hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
+            end = f"was killed by {signal.Signals(-code).name}{hint}"
+        else:
+            end = f"ended with status {code} before it could say why"
+        if (self.root / f"{rank}.pid").exists():
+            return f"rank {rank} {end}"
+        return f"rank {rank} {end}{self._last_words(rank)}"
+
+    def _last_words(self, rank: int) -> str:
+        """Quote what a rank that could not start wrote last, and the file and line where Python was."""
+        said = start_file(self.root, rank)
+        lines = said.read_text(errors="replace").strip().splitlines() if said.exists() else []
+        if not lines:
+            return ""
+        if os.environ.get("ZOO_DEBUG"):
+            sys.stderr.write("".join(f"{line}\n" for line in lines))
+        place = next((line.strip() for line in reversed(lines) if line.startswith('  File "')), "")
+        return f"; its last words: {lines[-1].strip()}{f' ({place})' if place else ''}"
+
+
+_BOOTSTRAP = str(Path(bootstrap.__file__))
+
+
+def _interpreter_flags() -> list[str]:
+    """Return this interpreter's own options (-I, -E, -X dev, ...), so that ranks import and warn as it does.
+
+    `-P` comes on top: a rank gets its `sys.path` from the command, and nothing before that from its own directory.
+    """
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+    return flags if sys.flags.safe_path else [*flags, "-P"]
+
+
+@contextlib.contextmanager
+def _environment(num_ranks: int) -> Iterator[None]:
+    """Set what ranks are to inherit, unless the user has, and take it back: a later call may have other ranks."""
+    wanted = {
+        "OMP_NUM_THREADS": str(_threads(num_ranks)),
+        # Ranks whose peer is gone have nothing to finish, and do not end by a SIGTERM that they take as a wish.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+    }
+    # The elastic launcher sets the last one itself.
+    names = (*wanted, "TORCHELASTIC_SIGNALS_TO_HANDLE")
+    before = {name: os.environ.get(name) for name in names}
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
 
 
 def _threads(num_ranks: int) -> int:

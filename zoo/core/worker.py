@@ -1,4 +1,4 @@
-"""One rank of a run, `python -m zoo.core.worker FOLDER`, started by the launcher; other programs serve alike."""
+"""What a rank of zoo's launcher does: take the work from the launcher's folder, do it, leave an error or an answer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def answer(work: Callable[[dict[str, Any], Office], object], folder: Path) -> in
     return 0
 
 
-def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
-    """`answer` the folder named on the command line, and end."""
-    status = answer(work, Path(sys.argv[1]))
+def serve(work: Callable[[dict[str, Any], Office], object], folder: Path) -> NoReturn:
+    """`answer` a launcher's folder, and end the process."""
+    status = answer(work, folder)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.
@@ -44,7 +44,3 @@ def train_as_asked(payload: dict[str, Any], office: Office) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
     with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
         train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
-
-
-if __name__ == "__main__":
-    serve(train_as_asked)

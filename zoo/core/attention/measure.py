@@ -1,4 +1,4 @@
-"""Attention under each context scheme, timed on real ranks: `python -m zoo.core.attention.measure FOLDER` is one."""
+"""Attention under each context scheme, timed on real ranks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ from zoo.core.launch import Office, Work, launch, quiet_launcher
 from zoo.core.mesh import Degrees, Mesh
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
-from zoo.core.worker import serve
 from zoo.core.world import process_group
 
 PATIENCE = 4.0
 """Seconds that one forward and backward may be expected to take; longer rows are measured shorter."""
 SHORTEST = 1024
 MEASURING = Work(
-    module="zoo.core.attention.measure",
+    target="zoo.core.attention.measure:measure_as_asked",
     on_signal="stopping the ranks",
     again="Nothing was written; without --measure the figures come from the plans alone",
 )
@@ -170,12 +169,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _measure(payload: dict[str, Any], office: Office) -> None:
+def measure_as_asked(payload: dict[str, Any], office: Office) -> None:
+    """Time schemes as one rank of a launcher; rank 0 leaves the answer."""
     trial, plugins = Trial.from_plain(payload["trial"]), Plugins.from_resolved(payload["plugins"])
     found = time_schemes(trial, Registry(plugins))
     if os.environ["RANK"] == "0":
         office.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))
-
-
-if __name__ == "__main__":
-    serve(_measure)
