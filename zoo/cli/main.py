@@ -16,6 +16,7 @@ import click
 
 from zoo.cli.session import KEY, Session
 from zoo.core.errors import PluginError, SavedOnSignal, ZooError, one_line
+from zoo.core.launcher_env import said_rank
 from zoo.core.version import __version__
 
 CORE_COMMANDS: dict[str, tuple[str, str]] = {
@@ -108,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
     the file named by ZOO_STATUS_FILE, if any, and succeeds.
     """
     status, file = _run(args), os.environ.get("ZOO_STATUS_FILE")
-    if status == SavedOnSignal.exit_code and file and "RANK" in os.environ:
+    if status == SavedOnSignal.exit_code and file and said_rank():
         Path(file).write_text(str(status))
         return 0
     return status

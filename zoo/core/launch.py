@@ -27,12 +27,13 @@ from zoo.core import bootstrap
 from zoo.core.bootstrap import PATH_FILE, start_file
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import ZooError, error_of
+from zoo.core.launcher_env import OuterRank
 from zoo.core.watchdog import RESUMES, Watchdog
 
 
 def inside_launcher() -> bool:
-    """Whether torchrun (or another launcher that sets RANK) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Return whether torchrun (or another launcher that sets RANK) started this process. Raise UsageError."""
+    return OuterRank.from_environment() is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from zoo.core.job import Job
 from zoo.core.launch import Office
+from zoo.core.launcher_env import own_rank
 from zoo.core.plugins import Plugins
 from zoo.core.train import train
 from zoo.core.watchdog import WatchedHeart
@@ -21,7 +22,7 @@ def answer(work: Callable[[dict[str, Any], Office], object], folder: Path) -> in
 
     An error is left where the launcher finds it.
     """
-    office, rank = Office(folder), int(os.environ["RANK"])
+    office, rank = Office(folder), own_rank()
     office.check_in(rank)
     try:
         work(json.loads(office.payload.read_text()), office)
@@ -42,5 +43,5 @@ def serve(work: Callable[[dict[str, Any], Office], object], folder: Path) -> NoR
 
 def train_as_asked(payload: dict[str, Any], office: Office) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
-    with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
+    with WatchedHeart(office.root, own_rank()) as heart:
         train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
