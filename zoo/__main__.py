@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
+import signal
 import sys
 
 from zoo.core import signals
-from zoo.core.errors import SavedOnSignal
 from zoo.core.lasting_output import outlive_readers
+from zoo.core.launcher_env import said_rank
 from zoo.core.watchdog import DEFAULT_TIMEOUT_S
 
 
@@ -28,14 +28,11 @@ def main() -> int:
 def _prepare_for_a_run() -> None:
     signals.hear_from_the_start(signals.end_at_once)
     outlive_readers()
-    if not os.environ.get("RANK"):
-        return
-    # Under another launcher nobody else watches the imports.
-    faulthandler.dump_traceback_later(DEFAULT_TIMEOUT_S, exit=True)
-    with contextlib.suppress(FileNotFoundError):
-        if os.stat(os.environ.get(signals.STATUS_FILE, "")):
-            signals.say(f"A stop was asked for before this start: {signals.NOTHING_YET}")
-            os._exit(signals.status_for_launcher(SavedOnSignal.exit_code))
+    if said_rank():
+        # Under another launcher nobody else watches the imports.
+        faulthandler.dump_traceback_later(DEFAULT_TIMEOUT_S, exit=True)
+    if os.path.exists(os.environ.get(signals.STOP_FILE, "")):
+        signals.end_at_once(signal.SIGUSR1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from zoo.core import bootstrap
 from zoo.core.bootstrap import start_file
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import SavedOnSignal, ZooError, error_of
+from zoo.core.launcher_env import OuterRank
 from zoo.core.office import Office
 from zoo.core.rank_processes import RankProcesses
 from zoo.core.signals import LAUNCHER, NOTHING_YET, is_warning, say, start_is_over, wishes
@@ -28,8 +29,8 @@ from zoo.core.watchdog import RESUMES, Limits, Watchdog, pulses
 
 
 def inside_launcher() -> bool:
-    """Whether torchrun (or another launcher that sets RANK) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Return whether torchrun (or another launcher that sets RANK) started this process. Raise UsageError."""
+    return OuterRank.from_environment() is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

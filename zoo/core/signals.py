@@ -16,12 +16,15 @@ from types import FrameType
 from typing import NoReturn
 
 from zoo.core.errors import SavedOnSignal
+from zoo.core.launcher_env import said_rank
 
 NOTHING_YET = "nothing to save yet; the same command starts it, from its last checkpoint if there is one"
 LAUNCHER = "ZOO_LAUNCHER"
 """Environment variable of a rank: the process id of zoo's launcher, whose death is a wish to stop."""
 STATUS_FILE = "ZOO_STATUS_FILE"
-"""Environment variable: a file that exists once a rank of this host, or the script around it, was asked to stop."""
+"""Environment variable: a file that a rank leaves 75 in, for a launcher that cannot return it."""
+STOP_FILE = "ZOO_STOP_FILE"
+"""Environment variable: a file that exists once a run was asked to stop, for starts that could not hear a signal yet."""
 
 
 def wishes() -> tuple[signal.Signals, ...]:
@@ -48,7 +51,7 @@ def status_for_launcher(status: int) -> int:
     the file named by ZOO_STATUS_FILE, if any, and succeeds.
     """
     file = os.environ.get(STATUS_FILE)
-    if status == SavedOnSignal.exit_code and file and "RANK" in os.environ:
+    if status == SavedOnSignal.exit_code and file and said_rank():
         Path(file).write_text(str(status))
         return 0
     return status

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.core.job import Job
+from zoo.core.launcher_env import own_rank
 from zoo.core.office import Office
 from zoo.core.plugins import Plugins
 from zoo.core.train import train
@@ -21,7 +22,7 @@ def answer(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path
 
     An error is left where the launcher finds it.
     """
-    office, rank = Office(folder), int(os.environ["RANK"])
+    office, rank = Office(folder), own_rank()
     try:
         with heart:
             work(json.loads(office.payload.read_text()), office, heart)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from zoo.core.context_choice import load_scheme
 from zoo.core.contracts import AttentionBackend, HeadShape
 from zoo.core.device import accelerator_type, attention_flops, memory_bytes
 from zoo.core.launch import Work, launch
+from zoo.core.launcher_env import own_rank
 from zoo.core.mesh import Degrees, Mesh
 from zoo.core.office import Office
 from zoo.core.plugins import Plugins
@@ -175,5 +175,5 @@ def measure_as_asked(payload: dict[str, Any], office: Office, heart: Heart) -> N
     heart.enters("measuring")
     trial, plugins = Trial.from_plain(payload["trial"]), Plugins.from_resolved(payload["plugins"])
     found = time_schemes(trial, Registry(plugins))
-    if os.environ["RANK"] == "0":
+    if own_rank() == 0:
         office.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))
