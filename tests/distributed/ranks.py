@@ -163,22 +163,14 @@ def _serve(pipe):
 def _join(rank, world, store, timeout):
     import torch.distributed as dist
 
+    from zoo.core.world import forget_meshes
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     if dist.is_initialized():
         dist.destroy_process_group()
-    _forget_meshes()
+    forget_meshes()
     if store is not None:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
     return store
-
-
-def _forget_meshes():
-    """DTensor caches its plans with their meshes, which equal those of the next world and name groups of the last."""
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    _redistribute._gen_transform_infos.cache_clear()

@@ -18,7 +18,7 @@ from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
 from zoo.core.job import Job
-from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch, quiet_launcher
+from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
@@ -30,7 +30,7 @@ from zoo.core.sources import open_checkpoint
 from zoo.core.traffic_report import Report, report
 from zoo.core.train import train
 from zoo.core.units import format_count
-from zoo.core.watchdog import Heart, LoneHeart
+from zoo.core.watchdog import Heart, Limits, LoneHeart
 from zoo.core.world import lost_touch
 
 if TYPE_CHECKING:
@@ -87,9 +87,25 @@ def run(
     plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] = lambda _line: None
 ) -> Path:
     """`finetune` with given plugins; `say` gets the lines that head the run."""
+    if not inside_launcher():
+        return _run(plugins, model, flags, say, Heart())
+    rank = int(os.environ["RANK"])
+    try:
+        with LoneHeart(rank, Limits.of(None)) as heart:
+            return _run(plugins, model, flags, say, heart)
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
+
+
+def _run(
+    plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None], heart: Heart
+) -> Path:
     world_size = int(os.environ["WORLD_SIZE"]) if inside_launcher() else None
     prepared = ready(plugins, model, flags, world_size)
     job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
+    heart.expects(Limits.of(job.layout.timeout))
     for line in head(prepared) if os.environ.get("RANK", "0") == "0" else ():
         say(line)
     checkpoint.resume_point(out, job.checkpoint.resume)
@@ -100,10 +116,7 @@ def run(
     if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
     if ranks == 1 or world_size is not None:
-        if world_size is None:
-            return train(job, plugins, Heart())
-        return _among_others(job, plugins)
-    quiet_launcher()
+        return train(job, plugins, heart)
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
@@ -111,18 +124,6 @@ def run(
         timeout_s=job.layout.timeout,
     )
     return out
-
-
-def _among_others(job: Job, plugins: Plugins) -> Path:
-    """`train` on one of the ranks of an outer launcher. Raises WorkerDied if the others cannot be reached any more."""
-    rank = int(os.environ["RANK"])
-    try:
-        with LoneHeart(rank, job.layout.timeout) as heart:
-            return train(job, plugins, heart)
-    except RuntimeError as error:
-        if not lost_touch(error):
-            raise
-        raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
 
 
 def layout(
