@@ -128,6 +128,14 @@ def test_no_auxiliary_loss_a_sliding_window_and_odd_degrees_equal_one_process(mo
     layouts.check([model], words)
 
 
+@pytest.mark.parametrize(
+    "words", ["cp4", "tp4", "cp2 tp2 ep2", "dp_shard2 cp2 ep4 recompute", "pp2 tp2 interleaved", "pp2 cp2 ep2"]
+)
+def test_padding_on_some_ranks_only_equals_one_process(words):
+    """The fourth row is 18 tokens of 26: with tp4 the last rank has nothing but padding of it."""
+    layouts.check(["mixtral"], f"{words} rows4")
+
+
 def test_the_biased_router_leaves_experts_empty_and_the_others_uneven():
     result = layouts.wanted(layouts.choose("mixtral-biased"))
     for step in (1, 2, 3):

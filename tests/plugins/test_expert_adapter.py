@@ -86,6 +86,9 @@ DRAWS = {
     "all to one expert": lambda rank, _draw: torch.full((6, 2), 5),
     "to itself": lambda rank, _draw: torch.tensor([[2 * rank, 2 * rank + 1]] * 4),
     "rank 0 has no tokens": lambda rank, draw: torch.randint(0, 8, (3 * rank, 2), generator=draw),
+    "padding goes to nobody": lambda rank, draw: torch.randint(0, 8, (9, 2), generator=draw).index_fill(
+        0, torch.tensor([1, 4, 8] if rank == 0 else range(9)), 8
+    ),
     "nobody has": lambda _rank, _draw: torch.zeros(0, 2, dtype=torch.int64),
 }
 
@@ -107,7 +110,7 @@ def dispatched(draw):
     results = []
     for dispatch, experts in ((ExpertDispatch(dist.group.WORLD), mine), (Dispatch(), whole)):
         leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        out = dispatch(leaves[0], Routing(ids, leaves[1], ids.flatten().bincount(minlength=8)), experts)
+        out = dispatch(leaves[0], Routing(ids, leaves[1], ids.flatten().bincount(minlength=9)[:8]), experts)
         gradients = torch.autograd.grad(out, [*leaves, *experts.parameters()], dout)
         results.append([out, *gradients])
     # Of one that has all experts, every rank has a part of each gradient.

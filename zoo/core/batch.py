@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 from zoo.core.attention.mask import Mask
-from zoo.core.contracts import IGNORE
+from zoo.core.contracts import IGNORE, PADDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Batch:
     labels: Tensor
     """[1, T] int64, IGNORE where nothing is trained"""
     positions: Tensor
-    """[1, T] int64, restarting at each document"""
+    """[1, T] int64, restarting at each document, PADDING outside of all"""
     mask: Any
     num_rows: int = 1
     """Rows laid end to end in it."""
@@ -78,7 +78,7 @@ def collate(rows: Sequence[Row], *, mask: str = "causal") -> Batch:
     """Rows laid end to end as one: documents never see each other, so this is the same function as a batch of rows."""
     tokens = np.concatenate([row.tokens for row in rows])
     labels = np.concatenate([row.labels for row in rows])
-    positions = np.zeros_like(tokens)
+    positions = np.full_like(tokens, PADDING)
     documents: list[tuple[int, int]] = []
     offset = 0
     for row in rows:

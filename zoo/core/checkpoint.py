@@ -198,8 +198,13 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def load(state: TrainState, path: Path) -> None:
-    """Fill weights, optimizer state and step in place, whatever layout wrote them; collective. Raises DataError."""
+    """Fill weights, optimizer state and step in place, whatever layout wrote them; collective. Raises DataError.
+
+    The optimizer keeps the settings it was built with: those in the checkpoint are of the command that saved it.
+    """
     tensors = tensors_of(state)
+    settings = {name: value for name, value in tensors.items() if name.startswith("optim.param_groups.")}
+    tensors = {name: value for name, value in tensors.items() if name not in settings}
     try:
         dcp_load(tensors, checkpoint_id=path / "state")
     except (CheckpointException, OSError) as error:
@@ -208,7 +213,7 @@ def load(state: TrainState, path: Path) -> None:
             f"{path} cannot be resumed from: {reason}. It was saved for another model, or is damaged; "
             f"--resume never --out elsewhere starts afresh"
         ) from None
-    optimizer = {k.removeprefix("optim."): v for k, v in tensors.items() if k.startswith("optim.")}
+    optimizer = {k.removeprefix("optim."): v for k, v in (settings | tensors).items() if k.startswith("optim.")}
     set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=_FLAT)
     state.step = int(read_progress(path)["step"])
 

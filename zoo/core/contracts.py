@@ -63,6 +63,9 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Label of a token that is not trained on."""
 
+PADDING = -1
+"""Position of a token of padding: it is in no document, sees nothing, is seen by nobody and trains nothing."""
+
 
 # Models -------------------------------------------------------------------------------------------
 
@@ -86,7 +89,8 @@ class ModelSpec:
 
     The built module takes `(tokens [B, T], positions [B, T] = None, mask = None, labels [B, T] = None)`.
     Without labels it returns logits `[B, T, V]`; with labels, the *sum* of the token losses, 0-dim, or `Losses`.
-    `mask` is passed untouched to the attention seam.
+    `mask` is passed untouched to the attention seam. Positions restart at each document and are `PADDING` outside of
+    all. What a model sums or means over tokens must leave padding out; where positions index a table, clamp them to 0.
     """
 
     name: str

@@ -156,6 +156,7 @@ class RunInfo:
 class Tracker(Protocol):
     """A metrics sink."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step; `loss` and `grad_norm` are not among them if no token of it was trained."""
 
     def close(self) -> None: ...

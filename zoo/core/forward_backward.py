@@ -26,7 +26,7 @@ class Counts:
 
     def loss(self, losses: Losses, batch: Batch) -> Tensor:
         """A microbatch's part of the step's loss, 0-dim."""
-        loss: Tensor = losses.tokens / max(1, self.trained_tokens) + losses.rows * self.share(batch)
+        loss: Tensor = losses.tokens / self.trained_tokens + losses.rows * self.share(batch)
         return loss
 
 

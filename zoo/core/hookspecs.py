@@ -140,7 +140,7 @@ def zoo_run_start(run: RunInfo) -> None:
 
 @hookspec
 def zoo_step_end(run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
-    """Metrics of a logged step are known."""
+    """Metrics of a logged step are known; without `loss` and `grad_norm` if no token of it was trained."""
 
 
 @hookspec

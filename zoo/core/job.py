@@ -13,6 +13,7 @@ from typing import Any, Union
 import yaml
 
 from zoo.core.errors import UsageError
+from zoo.core.ranges import COUNT, DEGREE, Span, degree, number
 from zoo.core.suggest import did_you_mean
 from zoo.core.units import parse_tokens
 
@@ -40,29 +41,29 @@ class DataSection:
     """What it is trained on."""
 
     path: str | None = None
-    seq: int = field(default=0, metadata={"tokens": True})
+    seq: int = field(default=0, metadata={"tokens": True, "span": Span(0, 2**30)})
     """Global length of a row, in tokens."""
-    global_batch: int | None = None
+    global_batch: int | None = number(None, COUNT)
     """Rows an optimizer step sees; the least the layout allows if unset."""
-    micro_batch: int = 1
+    micro_batch: int = number(1, COUNT)
     """Rows a rank's forward sees at once."""
     format: str | None = None
     overlong: str | None = None
     loss_on: str = "assistant"
     chat_template: str | None = None
-    seed: int = 0
+    seed: int = number(0, Span(0, 2**32 - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimSection:
     """AdamW and clipping."""
 
-    lr: float = 2e-5
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    lr: float = number(2e-5, Span(0, 100), usual=Span(1e-8, 0.1))
+    beta1: float = number(0.9, Span(0, 1, below=True))
+    beta2: float = number(0.95, Span(0, 1, below=True))
+    eps: float = number(1e-8, Span(0, 1, above=True), usual=Span(1e-20, 1e-3))
+    weight_decay: float = number(0.1, Span(0, 100), usual=Span(0, 1))
+    clip: float = number(1.0, Span(0, 1e12))
     """Largest gradient norm; 0 never clips."""
 
 
@@ -70,12 +71,12 @@ class OptimSection:
 class ScheduleSection:
     """How long, and how the learning rate moves."""
 
-    steps: int = 1000
-    warmup: int | None = None
+    steps: int = number(1000, COUNT)
+    warmup: int | None = number(None, Span(0, 10**9))
     """Steps of linear warm-up; 3 % of the steps if unset."""
     decay: str = "cosine"
     """cosine, linear or constant."""
-    final: float = 0.1
+    final: float = number(0.1, Span(0, 1))
     """Share of the learning rate left at the last step."""
 
 
@@ -83,12 +84,12 @@ class ScheduleSection:
 class LayoutSection:
     """Degrees of the mesh axes: 1 if unset, but dp_shard fills the machine."""
 
-    pp: int | None = None
-    dp_replicate: int | None = None
-    dp_shard: int | None = None
-    cp: int | None = None
-    tp: int | None = None
-    ep: int | None = None
+    pp: int | None = degree()
+    dp_replicate: int | None = degree()
+    dp_shard: int | None = degree()
+    cp: int | None = degree()
+    tp: int | None = degree()
+    ep: int | None = degree()
     degrees: str | None = None
     """auto: those that are unset are chosen for the model, the rows and the machine."""
     data_parallel: str = "auto"
@@ -103,9 +104,9 @@ class LayoutSection:
     """Type in which K/V and their gradients travel between ranks, if narrower than their own: bfloat16."""
     pp_schedule: str = "1f1b"
     """Order of forward and backward over microbatches and stages: 1f1b, gpipe, interleaved, zero-bubble, zbv."""
-    pp_virtual: int | None = None
+    pp_virtual: int | None = degree()
     """Stages a rank; as few as the schedule needs if unset."""
-    timeout: float | None = None
+    timeout: float | None = number(None, Span(0, 10**7, above=True), usual=Span(10, 10**7))
     """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
     sequence_parallel: bool = True
     """With tp: norms and the residual are cut on tokens over its ranks."""
@@ -134,9 +135,9 @@ class CheckpointSection:
     """Where the run lives and how it survives."""
 
     out: str | None = None
-    every: int = 100
+    every: int = number(100, COUNT)
     """Steps between saves; the last step is always saved."""
-    keep: int = 2
+    keep: int = number(2, COUNT)
     background: bool = field(default=True, metadata={"key": "async"})
     """Whether the run goes on while a save is written; it holds for a copy to the host only."""
     resume: str = "auto"
@@ -147,9 +148,9 @@ class CheckpointSection:
 class LaunchSection:
     """How ranks are kept alive; changes nothing that is computed."""
 
-    nproc: int | None = None
+    nproc: int | None = number(None, DEGREE)
     """Ranks to start on this machine; its accelerators, or what the degrees ask for, if unset."""
-    max_restarts: int = 0
+    max_restarts: int = number(0, Span(0, 10**6))
     """Times that ranks are started again, from the last finished checkpoint, after one died or hung."""
 
 
@@ -157,10 +158,10 @@ class LaunchSection:
 class LogSection:
     """What is said."""
 
-    every: int = 1
+    every: int = number(1, COUNT)
     """Steps between reads of the device; metrics.jsonl has every step whatever this is."""
     track: tuple[str, ...] = ()
-    peak_tflops: float | None = None
+    peak_tflops: float | None = number(None, Span(0, 10**9, above=True))
     """Peak of one rank, for MFU; looked up or measured if unset."""
 
 
@@ -212,6 +213,17 @@ class Job:
             result[section.name] = {k: v for k, v in values.items() if v is not None}  # type: ignore[misc]
         result["model"].update(self.model.overrides)
         return result
+
+    def unusual(self) -> list[str]:
+        """Settings whose numbers are allowed and odd, each as a sentence."""
+        found = []
+        for section in fields(self):
+            part = getattr(self, section.name)
+            for target in fields(part):
+                usual, value = target.metadata.get("usual"), getattr(part, target.name)
+                if usual is not None and value is not None and value not in usual:
+                    found.append(f"{section.name}.{_key(target)} is {value}, and usually {usual}")
+        return found
 
     def replace(self, section: str, **values: Any) -> Job:
         """A copy with some values of a section changed."""
@@ -302,17 +314,67 @@ def _coerce(value: Any, target: dataclasses.Field[Any], where: str) -> Any:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if target.metadata.get("tokens"):
-        return parse_tokens(value, name=where)
-    if typing.get_origin(kind) is tuple:
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    if kind is bool and not isinstance(value, bool):
+        found: Any = parse_tokens(value, name=where)
+    elif typing.get_origin(kind) is tuple:
+        found = _names(value, where)
+    else:
+        found = _READERS[kind](value, where)
+    _check_span(found, target, where)
+    return found
+
+
+def _check_span(value: Any, target: dataclasses.Field[Any], where: str) -> None:
+    span: Span | None = target.metadata.get("span")
+    if span is None or value in span or (value < span.low and target.metadata.get("least_with_layout")):
+        return
+    raise UsageError(f"{where}: {value} is out of range; it is {span}")
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{where}: '{value}' is not a list of names")
+    return tuple(names)
+
+
+def _switch(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
         raise UsageError(f"{where}: '{value}' is not true or false")
+    return value
+
+
+def _whole_number(value: Any, where: str) -> int:
+    """A whole number, also one written as 1e6; not by way of a float where it is one, which would round it."""
     try:
-        if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
+        if isinstance(value, bool):
             raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where}: '{value}' is not {'a whole number' if kind is int else 'a number'}") from None
+        return int(str(value)) if str(value).lstrip("+-").isdigit() else _integral(float(value))
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{where}: '{value}' is not a whole number") from None
+
+
+def _integral(value: float) -> int:
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _any_number(value: Any, where: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{where}: '{value}' is not a number") from None
+
+
+def _text(value: Any, where: str) -> str:
+    if value is None or isinstance(value, list | dict):
+        raise UsageError(f"{where}: '{value}' is not a text")
+    return str(value)
+
+
+_READERS = {bool: _switch, int: _whole_number, float: _any_number, str: _text}
 
 
 def _owner(target: dataclasses.Field[Any]) -> Any:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
-SeamName = Literal["attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "layer_sum", "row_sum"]
+SeamName = Literal[
+    "attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "layer_sum", "row_sum", "row_part"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

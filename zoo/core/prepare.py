@@ -51,7 +51,6 @@ _MASK_NOTES = {
     "prefix": "prompts (what comes before the first trained token) are seen whole, the rest is causal",
     "full": "every token sees its whole document, the label it is trained on included",
 }
-_AT_LEAST_ONE = ("schedule.steps", "checkpoint.every", "checkpoint.keep", "log.every", "data.micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +138,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
         ("memory", why_policy),
+        *((("unusual", "; ".join(job.unusual())),) if job.unusual() else ()),
     )
     return Prepared(
         job=job,
@@ -182,6 +182,7 @@ def with_recipe(registry: Registry, *layers: Settings) -> Job:
 
 
 def _check_values(job: Job) -> None:
+    """Raise UsageError for words that are no choice, and numbers that contradict each other."""
     values = {f"{section}.{key}": value for section, part in job.settings().items() for key, value in part.items()}
     for key, allowed in _CHOICES.items():
         value = values.get(key)
@@ -189,15 +190,12 @@ def _check_values(job: Job) -> None:
             words = [word for word in allowed if word]
             hint = did_you_mean(str(value), words)
             raise UsageError(f"{key} is '{value}'; it is one of {', '.join(words)}{f' ({hint})' if hint else ''}")
-    for key in _AT_LEAST_ONE:
-        if values[key] < 1:
-            raise UsageError(f"{key} is {values[key]}; it is at least 1")
-    if job.launch.max_restarts < 0:
-        raise UsageError(f"--max-restarts {job.launch.max_restarts}: it is not negative")
-    if job.layout.timeout is not None and not job.layout.timeout > 0:
-        raise UsageError(f"layout.timeout is {job.layout.timeout}; it is seconds, more than 0")
-    if not job.optim.lr >= 0:
-        raise UsageError(f"--lr {job.optim.lr}: a learning rate is not negative")
+    steps, warmup = job.schedule.steps, job.schedule.warmup
+    if warmup is not None and warmup > steps:
+        raise UsageError(
+            f"schedule.warmup {warmup} is longer than the run of {steps} steps, so the learning rate would never reach "
+            f"{job.optim.lr}; give --set schedule.warmup={steps} or less, or --steps {warmup} or more"
+        )
 
 
 def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict[str, Any], Any, str]:

@@ -1,7 +1,7 @@
 """Which token goes to which experts, what a router did in all, and copies of rows by expert and back.
 
-R tokens, D model width, E experts, K experts a token goes to. Nothing here depends on the order of atomics, so two
-runs give the same bits.
+R tokens, D model width, E experts, K experts a token goes to. Tokens of padding go to no expert.
+Nothing here depends on the order of atomics, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ class Routing(NamedTuple):
     """Where tokens go."""
 
     ids: Tensor
-    """[R, K] int64"""
+    """[R, K] int64; E, which is no expert, for padding."""
     weights: Tensor
-    """[R, K] in fp32 or better, differentiable; of a token they add up to 1."""
+    """[R, K] in fp32 or better, differentiable; of a token they add up to 1, of padding to 0."""
     counts: Tensor
-    """[E] int64: how many copies each expert gets."""
+    """[E] int64: how many copies each expert gets. Together R * K, less the copies of padding."""
 
 
 class RouterStats(NamedTuple):
-    """What a block's router did to the tokens it saw; sums, so that parts of a row add up."""
+    """What a block's router did to the tokens it saw, padding left out; sums, so that parts of a row add up."""
 
     probabilities: Tensor
     """[E] in fp32 or better, differentiable: router probabilities summed over tokens."""
@@ -42,7 +42,7 @@ class Arrangement(NamedTuple):
 
 
 def by_expert(ids: Tensor) -> Arrangement:
-    """The arrangement of ids `[R, K]`; no wait for the device."""
+    """The arrangement of ids `[R, K]`, copies that go to no expert last; no wait for the device."""
     return arrangement(ids.flatten().argsort(stable=True))
 
 

@@ -115,7 +115,13 @@ def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dic
             hint = did_you_mean(key, [*names, "size", "from", "dtype"])
             said = f"unknown key 'model.{key}'{f' ({hint})' if hint else ''}"
             raise UsageError(f"{said}. Fields of {spec.name}: {', '.join(names)}")
-    return spec.override(known, job.model.overrides)
+    try:
+        return spec.override(known, job.model.overrides)
+    except DataError as error:
+        if not job.model.overrides:
+            raise
+        # The file itself was read above, so it is what was set over it.
+        raise UsageError(f"--set model.*: {str(error).removeprefix('config.json: ')}") from None
 
 
 def _tokenizer_path(entry: ModelEntry, checkpoint: HubCheckpoint | None) -> Path:

@@ -30,9 +30,12 @@ class TrainState:
 class StepResult:
     """Loss, gradient norm and what the model reports stay on the device until somebody reads them."""
 
-    loss: Tensor
-    """This rank's part of the loss, 0-dim: the mean over all trained tokens, and over rows what counts once a row."""
-    grad_norm: Tensor
+    loss: Tensor | None
+    """This rank's part of the loss, 0-dim: the mean over all trained tokens, and over rows what counts once a row.
+
+    None, on every rank, if no token of the step is trained; then there is no gradient and no report either.
+    """
+    grad_norm: Tensor | None
     lr: float
     report: Mapping[str, Tensor] = field(default_factory=dict)
     """This rank's part of the model's own metrics, 0-dim or vectors, means over the rows of the step."""
@@ -41,9 +44,13 @@ class StepResult:
 def train_step(state: TrainState, batches: Sequence[Batch], trained_tokens: int, global_rows: int) -> StepResult:
     """Gradients of the mean loss over `trained_tokens` and `global_rows` (global counts), then one update.
 
-    Sums divided by a global count make the result independent of ranks and microbatches.
+    Sums divided by a global count make the result independent of ranks and microbatches. A step without a trained
+    token has no mean: nothing is computed, weights and moments stay, and the schedule moves on.
     """
     lr = state.lr * state.schedule(state.step)
+    if trained_tokens == 0:
+        state.step += 1
+        return StepResult(loss=None, grad_norm=None, lr=lr)
     set_learning_rate(state.optimizer, lr)
     strategy = state.forward_backward
     sums = strategy.run(state.model, batches, Counts(trained_tokens, global_rows))

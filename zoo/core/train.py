@@ -20,7 +20,7 @@ from zoo.core import checkpoint, order, weights
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
-from zoo.core.errors import NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
+from zoo.core.errors import DataError, NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
@@ -32,6 +32,7 @@ from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
+from zoo.core.resume import check_same_run, same_run
 from zoo.core.rows import RowStream, open_rows
 from zoo.core.saver import Saved, Saver
 from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
@@ -146,11 +147,9 @@ class _Run:
             "step": self.state.step,
             "tokens": self.meter.tokens,
             "trained_tokens": self.meter.trained,
-            "seq": self.prepared.job.data.seq,
-            "global_batch": self.prepared.global_batch,
-            "model": self.prepared.hub_config,
+            "empty_steps": self.meter.empty_steps,
             "cursor": self.position.cursor,
-        }
+        } | same_run(self.prepared)
         save = self.saver.start if beside else self.saver.write
         saved = save(self.state, progress, self.prepared.hub_files)
         self.meter.restart_clock()
@@ -167,12 +166,13 @@ class _Run:
         stats, fill = position.stats, 100 * position.fill
         if stats is None:
             return ""
-        trained = 100 * stats.trained_tokens / max(1, stats.tokens)
+        trained, empty = 100 * stats.trained_tokens / max(1, stats.tokens), self.meter.empty_steps
         rows = (
             f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
             f"trained; {stats.split:,} split, {stats.truncated:,} truncated, {stats.dropped:,} dropped, "
             f"{stats.blank:,} blank"
             f"{f'; {stats.unlabelled:,} pieces without a label left out' if stats.unlabelled else ''}"
+            f"{f'; {empty:,} steps trained nothing' if empty else ''}"
         )
         return "\n".join([rows, *(f"{'warning':<10}{line}" for line in stats.remarks.lines())])
 
@@ -207,10 +207,12 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
         last = step == job.schedule.steps
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
-            voice.stepped(run.meter.flush())
+            _report(run, voice)
         if last:
             voice.noted(run.rows_read(run.position))
         _heard(run.saver.ended(), voice)
+        if last and not run.meter.trained:
+            raise _nothing_trained(job)
         if due:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
@@ -228,6 +230,26 @@ def _begin(run: _Run, signals: StopSignals, heart: Heart) -> None:
     start_is_over()
     if any_rank(signals.asked) and run.state.step < run.prepared.job.schedule.steps:
         raise SavedOnSignal(NOTHING_YET)
+
+
+def _report(run: _Run, voice: Voice) -> None:
+    """Say what is known of the steps since the last time, and of the first step that trained nothing."""
+    before = run.meter.empty_steps
+    steps = run.meter.flush()
+    voice.stepped(steps)
+    if not before and run.meter.empty_steps:
+        first = next(int(metrics["step"] or 0) for metrics in steps if metrics["loss"] is None)
+        voice.noted(
+            f"warning: no token of step {first} is trained, so it changed nothing and has no loss; such steps are "
+            f"counted, and `zoo data check` says what is trained of the data"
+        )
+
+
+def _nothing_trained(job: Job) -> DataError:
+    return DataError(
+        f"no token was trained in {job.schedule.steps} steps on {job.data.path}, so nothing was saved; "
+        f"`zoo data check` shows what --loss-on {job.data.loss_on} leaves to train"
+    )
 
 
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
@@ -333,14 +355,10 @@ def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
 
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
     progress = checkpoint.read_progress(saved)
-    for key, now in (("seq", prepared.job.data.seq), ("global_batch", prepared.global_batch)):
-        if progress[key] != now:
-            raise UsageError(
-                f"{saved} was trained with {key} {progress[key]} and this job has {now}: the data position would not "
-                f"hold. Give --{key.replace('_', '-')} {progress[key]}, or start a new run with --out elsewhere"
-            )
+    check_same_run(saved, progress, prepared)
     checkpoint.load(state, saved)
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
+    meter.empty_steps = progress.get("empty_steps", 0)
     if stream is not None:
         stream.load_state_dict(progress["cursor"])
 

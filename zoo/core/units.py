@@ -14,7 +14,7 @@ def parse_tokens(text: str | int, *, name: str = "--seq") -> int:
     """`64k` is 65,536 and `1M` is 1,048,576. Raises UsageError."""
     match = _TOKENS.match(str(text).strip())
     value = float(match[1]) * _FACTOR[match[2].lower()] if match else 0.0
-    if value < 1 or value != int(value):
+    if not 1 <= value < 2**53 or value != int(value):
         raise UsageError(f"{name} {text}: not a number of tokens; write a whole number, or one like 64k (65,536) or 1M")
     return int(value)
 

@@ -18,7 +18,7 @@ class Voice:
     def started(self) -> None:
         """The first step comes next."""
 
-    def stepped(self, steps: Sequence[Mapping[str, float]]) -> None:
+    def stepped(self, steps: Sequence[Mapping[str, float | None]]) -> None:
         """Metrics of some steps are known."""
 
     def saved(self, step: int, path: Path) -> None:
@@ -43,13 +43,16 @@ class FirstRankVoice(Voice):
     def started(self) -> None:
         self._observers.run_start(run=self._run)
 
-    def stepped(self, steps: Sequence[Mapping[str, float]]) -> None:
+    def stepped(self, steps: Sequence[Mapping[str, float | None]]) -> None:
         for metrics in steps:
             self._metrics.write(metrics)
+        # A number that a step does not have is null in the file, and nothing to those who take numbers.
+        known = [{name: value for name, value in metrics.items() if value is not None} for metrics in steps]
+        for metrics in known:
             for tracker in self._trackers:
                 tracker.log(int(metrics["step"]), metrics)
-        if steps:
-            self._observers.step_end(run=self._run, step=int(steps[-1]["step"]), metrics=steps[-1])
+        if known:
+            self._observers.step_end(run=self._run, step=int(known[-1]["step"]), metrics=known[-1])
 
     def saved(self, step: int, path: Path) -> None:
         self._observers.checkpoint_saved(run=self._run, step=step, path=str(path))

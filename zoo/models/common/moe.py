@@ -26,14 +26,17 @@ class GroupedMatmul(nn.Module):
     """The grouped-matmul seam: rows sorted by expert, times their expert's matrix. No parameters."""
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """rows `[M, A]`, weight `[E, B, A]`, counts `[E]` that add up to M, to `[M, B]`.
+        """rows `[M, A]`, weight `[E, B, A]`, counts `[E]` that add up to M or less, to `[M, B]`.
 
+        What comes out for rows that are nobody's, the last ones, is undefined on an accelerator, forward and backward.
         An expert without rows gets a gradient of zeros, for optimizers and FSDP wait for every gradient.
         """
         if len(rows) and _has_kernel(weight):
             return functional.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-        parts: tuple[Tensor, ...] = torch.split(rows, counts.tolist())
-        return torch.cat([functional.linear(part, w) for part, w in zip(parts, weight.unbind(), strict=True)])
+        sizes = counts.tolist()
+        *parts, rest = torch.split(rows, [*sizes, len(rows) - sum(sizes)])
+        done = [functional.linear(part, w) for part, w in zip(parts, weight.unbind(), strict=True)]
+        return torch.cat([*done, rest.new_zeros(len(rest), weight.shape[1])])
 
 
 def _has_kernel(weight: Tensor) -> bool:
@@ -63,9 +66,13 @@ class Dispatch(nn.Module):
     """The dispatch seam: tokens to their experts and back, here with all experts at hand. No parameters."""
 
     def forward(self, x: Tensor, routing: Routing, experts: nn.Module) -> Tensor:
-        """x `[R, D]` to the weighted sum of its experts' outputs `[R, D]`; every token is served."""
+        """x `[R, D]` to the weighted sum of its experts' outputs `[R, D]`, 0 for padding; every other is served."""
         arranged = by_expert(routing.ids)
-        return combine(experts(spread(x, arranged), routing.counts), routing.weights, arranged)
+        rows = spread(x, arranged)
+        # Copies of padding come last. A kernel leaves anything in their place, in its output and in its gradient.
+        nobodys = (torch.arange(len(rows), device=rows.device) >= routing.counts.sum())[:, None]
+        out = experts(rows.masked_fill(nobodys, 0.0), routing.counts)
+        return combine(out.masked_fill(nobodys, 0.0), routing.weights, arranged)
 
 
 class SparseMoE(nn.Module):
@@ -78,18 +85,25 @@ class SparseMoE(nn.Module):
         self.experts = Experts(hidden_size, intermediate_size, num_experts)
         self.dispatch = Dispatch()
 
-    def forward(self, h: Tensor) -> tuple[Tensor, RouterStats]:
-        """h `[B, T, D]` to `[B, T, D]` and what the router did."""
+    def forward(self, h: Tensor, padding: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """h `[B, T, D]` and which tokens are padding `[B, T]`, to `[B, T, D]` and what the router did."""
         x = h.flatten(0, 1)
-        routing, stats = route(self.gate(x), self.num_experts_per_tok)
+        routing, stats = route(self.gate(x), self.num_experts_per_tok, None if padding is None else padding.flatten())
         return self.dispatch(x, routing, self.experts).view_as(h), stats
 
 
-def route(logits: Tensor, top_k: int) -> tuple[Routing, RouterStats]:
-    """Router logits `[R, E]` to where tokens go; probabilities in fp32, or fp64 if the logits are."""
+def route(logits: Tensor, top_k: int, padding: Tensor | None = None) -> tuple[Routing, RouterStats]:
+    """Router logits `[R, E]` to where tokens go; probabilities in fp32, or fp64 if the logits are.
+
+    Padding `[R]` goes nowhere and counts nowhere. All alike, it would fill the same few experts.
+    """
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     weights, ids = probabilities.topk(top_k, -1)
     weights = weights / weights.sum(-1, keepdim=True)
+    if padding is not None:
+        nowhere = padding[:, None]
+        probabilities, weights = probabilities.masked_fill(nowhere, 0.0), weights.masked_fill(nowhere, 0.0)
+        ids = ids.masked_fill(nowhere, logits.shape[1])
     experts = torch.arange(logits.shape[1], device=ids.device)
     counts = (ids.flatten()[:, None] == experts).sum(0)
     return Routing(ids, weights, counts), RouterStats(probabilities.sum(0), counts)
@@ -98,14 +112,15 @@ def route(logits: Tensor, top_k: int) -> tuple[Routing, RouterStats]:
 def balance_loss(stats: Sequence[RouterStats], num_experts_per_tok: int, row_assignments: Tensor) -> Tensor:
     """This rank's part of a row's load-balancing loss, 0-dim; K when perfectly balanced (2101.03961, eq. 4 to 6).
 
-    As transformers' `load_balancing_loss_func`: the tokens of all layers as one set of N, of which expert e gets the
-    share f_e (all K counted) with the mean probability P_e; the loss is E * sum_e f_e * P_e. `row_assignments` `[E]`
-    are the assignments of all layers over the whole row; no gradient goes through them, so the parts of ranks that
-    share a row add up, as do their gradients.
+    As transformers' `load_balancing_loss_func` with its attention mask: the tokens of all layers, without padding, as
+    one set of N, of which expert e gets the share f_e (all K counted) with the mean probability P_e; the loss is
+    E * sum_e f_e * P_e. `row_assignments` `[E]` are the assignments of all layers over the whole row; no gradient goes
+    through them, so the parts of ranks that share a row add up, as do their gradients. A row of nothing but padding
+    has the loss 0.
     """
     probabilities = torch.stack([s.probabilities for s in stats]).sum(0)
     assignments = row_assignments.to(probabilities.dtype)
-    num_tokens = assignments.sum() / num_experts_per_tok
+    num_tokens = assignments.sum().clamp(min=1) / num_experts_per_tok
     return len(assignments) * ((assignments / num_tokens) * (probabilities / num_tokens)).sum()
 
 
@@ -115,6 +130,14 @@ class LayerSum(nn.Module):
     def forward(self, stats: Sequence[RouterStats]) -> RouterStats:
         probabilities = torch.stack([s.probabilities for s in stats]).sum(0)
         return RouterStats(probabilities, torch.stack([s.assignments for s in stats]).sum(0))
+
+
+class RowPart(nn.Module):
+    """The row_part seam: what is known of each token of a row to those whose hidden states are here. No parameters."""
+
+    def forward(self, of_tokens: Tensor) -> Tensor:
+        """`[B, T]` to `[B, T]` of the residual."""
+        return of_tokens
 
 
 class RowSum(nn.Module):

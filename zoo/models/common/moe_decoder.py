@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.core.contracts import Losses
+from zoo.core.contracts import PADDING, Losses
 from zoo.core.routing import RouterStats
 from zoo.models.common.decoder import CausalLM, Decoder
-from zoo.models.common.moe import LayerSum, RowSum, SparseMoE, balance_loss
+from zoo.models.common.moe import LayerSum, RowPart, RowSum, SparseMoE, balance_loss
 
 
 class SparseDecoderLayer(nn.Module):
@@ -33,15 +33,20 @@ class SparseDecoderLayer(nn.Module):
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> tuple[Tensor, RouterStats]:
-        """h `[B, T, D]`, cos and sin `[B, T, H/2]` to `[B, T, D]` and what the router did."""
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Any, padding: Tensor) -> tuple[Tensor, RouterStats]:
+        """h `[B, T, D]`, cos and sin `[B, T, H/2]`, padding `[B, T]` to `[B, T, D]` and what the router did."""
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask)
-        out, stats = self.block_sparse_moe(self.post_attention_layernorm(h))
+        out, stats = self.block_sparse_moe(self.post_attention_layernorm(h), padding)
         return h + out, stats
 
 
 class SparseDecoder(Decoder):
     """A `Decoder` of `SparseDecoderLayer`s."""
+
+    def __init__(self, **parts: Any) -> None:
+        """As a `Decoder`."""
+        super().__init__(**parts)
+        self.row_part = RowPart()
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, positions: Tensor | None, mask: Any
@@ -51,8 +56,9 @@ class SparseDecoder(Decoder):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         h, stats = self.embed_tokens(tokens), []
         cos, sin = self.rotary_emb(positions, h.dtype)
+        padding = self.row_part((positions == PADDING).expand(len(h), -1))
         for layer in self.layers.values():
-            h, routed = self.run_block(layer, h, cos, sin, mask)
+            h, routed = self.run_block(layer, h, cos, sin, mask, padding)
             stats.append(routed)
         return self.norm(h), stats
 
@@ -81,7 +87,7 @@ class SparseCausalLM(CausalLM):
         """tokens, positions, labels `[B, T]` to logits `[B, T, V]`, or with labels to this rank's part of a row's loss.
 
         Reported are `expert_load` `[E]`, the share of assignments each expert got, all layers together, and
-        `aux_loss`, the load-balancing loss before its coefficient, where it is trained on.
+        `aux_loss`, the load-balancing loss before its coefficient, where it is trained on. Padding counts in neither.
         """
         h, stats = self.model(tokens, positions, mask)
         if labels is None:
@@ -92,7 +98,7 @@ class SparseCausalLM(CausalLM):
     def _losses(self, tokens: Tensor, stats: list[RouterStats]) -> Losses:
         here = self.layer_sum(stats)
         row = self.row_sum(here.assignments)
-        report = {"expert_load": here.assignments.double() / row.sum()}
+        report = {"expert_load": here.assignments.double() / row.sum().clamp(min=1)}
         if self.balance_coefficient is None:
             return Losses(tokens, report=report)
         aux = balance_loss([here], self.num_experts_per_tok, row)

@@ -20,6 +20,7 @@ def plan(_config: MixtralConfig) -> ParallelPlan:
             "grouped_matmul": f"{_MOE}.experts.matmul",
             "layer_sum": "layer_sum",
             "row_sum": "row_sum",
+            "row_part": "model.row_part",
         },
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
 
 from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
@@ -88,7 +89,7 @@ class ExpertParallel:
 
 
 class ExpertDispatch(nn.Module):
-    """The dispatch seam over P ranks, each with E / P experts: no copy is dropped, no row padded.
+    """The dispatch seam over P ranks, each with E / P experts: no copy is dropped, no row padded, no padding sent.
 
     What overlaps: the counts travel while copies are sorted and gathered. The copies themselves wait for them, and the
     experts for the copies, for a block has nothing else to compute meanwhile. Backward is the same way back.
@@ -109,10 +110,13 @@ class ExpertDispatch(nn.Module):
         arriving = arriving.view(self.group.size(), -1)
         # The one wait for the device: sizes of what goes and what comes.
         sent, received = torch.stack((routing.counts.view_as(arriving), arriving)).sum(2).tolist()
-        rows = exchange(copies, sent, received, self.group)
+        # Copies of padding come last, and stay.
+        rows = exchange(copies[: sum(sent)], sent, received, self.group)
         local = by_expert(_expert_of_row(arriving, sum(received))[:, None])
         out = permute(experts(permute(rows, local), arriving.sum(0)), Arrangement(local.inverse, local.order))
-        return combine(exchange(out, received, sent, self.group), routing.weights, arranged)
+        back = exchange(out, received, sent, self.group)
+        back = functional.pad(back, (0, 0, 0, len(copies) - len(back)))
+        return combine(back, routing.weights, arranged)
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:

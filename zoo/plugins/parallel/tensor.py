@@ -21,6 +21,7 @@ from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,
     CutModule,
+    PartOfRow,
     Rowwise,
     SharedRow,
     VocabularyEmbedding,
@@ -78,8 +79,8 @@ class TensorParallel:
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
         if not ranks.sequence:
             _check_places(model, styles)
-        elif "row_sum" in plan.seams:
-            swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=self.name)
+        else:
+            _share_rows(model, plan, ranks)
         if "vocab" in styles.values():
             if "loss" not in plan.seams:
                 raise UsageError(
@@ -103,6 +104,14 @@ class TensorParallel:
     def account(self, account: Account) -> None:
         """Add what hidden states cost where they meet cut matrices, and what is not cut in the end."""
         account_tensor(account)
+
+
+def _share_rows(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:
+    """Swap the seams that must know that a rank has a part of a row's tokens."""
+    if "row_part" in plan.seams:
+        swap(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
+    if "row_sum" in plan.seams:
+        swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
 
 
 def _is_cut(parameter: Tensor) -> bool:

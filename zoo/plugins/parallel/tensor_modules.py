@@ -78,6 +78,18 @@ class VocabularyHead(CutModule):
         return DTensor.from_local(logits, self.weight.device_mesh, [Shard(2)], run_check=False).full_tensor()
 
 
+class PartOfRow(nn.Module):
+    """The row_part seam where the residual is cut on tokens over `tp`."""
+
+    def __init__(self, inner: nn.Module, ranks: TensorRanks) -> None:
+        super().__init__()
+        self.inner = inner
+        self.ranks = ranks
+
+    def forward(self, of_tokens: Tensor) -> Tensor:
+        return self.ranks.part(self.inner(of_tokens))
+
+
 class SharedRow(nn.Module):
     """The row_sum seam where the ranks of `tp` share a row."""
 

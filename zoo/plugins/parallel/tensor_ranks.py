@@ -73,6 +73,12 @@ class TensorRanks:
         """Integers without gradient, of this rank's tokens, summed over ranks."""
         return summed(counts, self.group)
 
+    def part(self, of_tokens: Tensor) -> Tensor:
+        """What is known of each token of a row `[B, T]`, of this rank's tokens only."""
+        length = of_tokens.shape[1]
+        start = min(length, self.rank * -(-length // self.size))
+        return of_tokens.narrow(1, start, share_of(length, self.rank, self.size))
+
     def watch(self, _block: Any, arguments: Iterable[Any]) -> None:
         """Before a block runs, also in backward: the row is as long as its mask says."""
         for argument in arguments:

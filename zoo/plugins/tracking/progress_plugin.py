@@ -19,8 +19,7 @@ def line(steps: int, metrics: Mapping[str, float], eta: float) -> str:
     step = int(metrics["step"])
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
-        f"loss {metrics['loss']:.4f}",
-        f"gnorm {metrics['grad_norm']:.2f}",
+        *(_trained(metrics) if "loss" in metrics else ["nothing trained"]),
         f"lr {metrics['lr']:.1e}",
         f"tok/s {metrics['tokens_per_s']:,.0f}",
         *([f"mfu {100 * metrics['mfu']:.1f}%"] if "mfu" in metrics else []),
@@ -28,6 +27,10 @@ def line(steps: int, metrics: Mapping[str, float], eta: float) -> str:
         f"eta {format_seconds(eta)}",
     ]
     return "  ".join(parts)
+
+
+def _trained(metrics: Mapping[str, float]) -> list[str]:
+    return [f"loss {metrics['loss']:.4f}", f"gnorm {metrics['grad_norm']:.2f}"]
 
 
 class Progress:
