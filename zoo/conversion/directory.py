@@ -12,8 +12,10 @@ from zoo.conversion.files import open_file, read_bounded
 from zoo.conversion.headers import MAX_TENSORS, NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
+from zoo.core.checksums import Checksums
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
+from zoo.core.finished import changed_directory
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -46,11 +48,12 @@ def open_directory(path: Path) -> HubCheckpoint:
     """Check everything that can be checked without a model and without reading a tensor. Raises DataError."""
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory")
+    checksums = _checksums(path)
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
     _check_kind(path / CONFIG, config)
     # Code that comes with a checkpoint is never run, and must not be passed on either.
     config.pop("auto_map", None)
-    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path))
+    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path), checksums=checksums)
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -67,6 +70,26 @@ def companions(path: Path) -> tuple[str, ...]:
 def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[str, Any]:
     """A JSON object of bounded size. Raises DataError naming the file."""
     return parse_object(read_bounded(file, limit), f"{file}:", values=values, containers=_MAX_CONTAINERS)
+
+
+def _checksums(path: Path) -> Checksums | None:
+    """What zoo left of checksums when it wrote a directory; all but the tensors are compared. Raises DataError.
+
+    Files that are never read, as a README, may come and go.
+    """
+    found = Checksums.read(path)
+    if found is None:
+        return None
+    reason = found.misfit([name for name in _names(path) if _is_read(name)])
+    small = [name for name in found.sums if not _SHARD.fullmatch(name) and found.sums[name].length <= MAX_COMPANION]
+    reason = reason or found.changed(small)
+    if reason:
+        raise changed_directory(path, reason)
+    return found
+
+
+def _is_read(name: str) -> bool:
+    return name in (CONFIG, INDEX) or any(kind.fullmatch(name) for kind in (_SHARD, _COMPANIONS))
 
 
 def _names(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
 from zoo.conversion.hub import LOGIN, hub_reason, is_hub_id
+from zoo.core.checksums import NAME as CHECKSUMS
 from zoo.core.errors import DataError, UsageError
 
 _WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?", re.ASCII)
@@ -40,7 +41,8 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
 
 
 def _commit(api: HfApi, directory: Path, repo: str, *, private: bool) -> str:
-    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+    # The hub has checksums of its own, which follow what is changed there.
+    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file() and path.name != CHECKSUMS}
     api.create_repo(repo, private=private or None, exist_ok=True)
     parent = _checked_parent(api, repo, files, private=private)
     commit = api.create_commit(

@@ -14,6 +14,7 @@ from zoo.conversion.headers import MAX_TENSORS
 from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
+from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, check_tensors, check_tied, meta_model, rule_book
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
@@ -83,6 +84,7 @@ def transfer(
     Raises UsageError or DataError.
     """
     started = time.perf_counter()
+    require_intact(opened.checkpoint, threads=threads)
     files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
     converter.export(
         opened.spec,
@@ -94,7 +96,7 @@ def transfer(
         shard_bytes=parse_size(shard_size),
         threads=threads,
     )
-    return _report(out, time.perf_counter() - started)
+    return _report(out, time.perf_counter() - started) + unchecked(opened.checkpoint)
 
 
 def written_dtype(opened: Opened, asked: str | None) -> str | None:
@@ -115,6 +117,12 @@ def written_dtype(opened: Opened, asked: str | None) -> str | None:
             f"--dtype {STORED} leaves each as it is"
         )
     return _WIDEST if opened.checkpoint.own_names and _TOO_WIDE in dtypes.values() else None
+
+
+def unchecked(checkpoint: HubCheckpoint) -> str:
+    """What to add of a run whose checkpoint could not be compared with anything."""
+    none = checkpoint.own_names and checkpoint.checksums is None
+    return f"; {checkpoint.path.parent} has no checksums, so it was read unchecked" if none else ""
 
 
 def _report(out: Path, seconds: float) -> str:

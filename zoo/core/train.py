@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from zoo.core import checkpoint, order, weights
+from zoo.core import checkpoint, finished, order, weights
 from zoo.core.checkpoint import Checkpoints
+from zoo.core.checksums import Checksums
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
 from zoo.core.errors import DataError, NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
@@ -38,6 +39,7 @@ from zoo.core.saver import Saved, Saver
 from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.verify import check_source_among_ranks, on_rank_zero
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import Heart
 from zoo.core.world import any_rank, host_group, process_group
@@ -94,6 +96,8 @@ class _Run:
     path: Path
     first_step: int
     position: Position
+    notes: Sequence[str]
+    """What is to be said of the checkpoints that were found."""
 
     @classmethod
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
@@ -110,9 +114,7 @@ class _Run:
             device=device,
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
-        if dist.get_rank() == 0:
-            checkpoints.tidy()
-        saved = checkpoint.resume_point(path, job.checkpoint.resume)
+        saved, notes = on_rank_zero(lambda: _start_from(checkpoints, job.checkpoint.resume))
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
         position = Position.of(stream)
@@ -129,7 +131,7 @@ class _Run:
             steps=job.schedule.steps - state.step,
         )
         saver = Saver(checkpoints, host_group())
-        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position)
+        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position, notes)
 
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
@@ -198,6 +200,8 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     if ahead is not None:
         # Before the first step: what is wrong with the data need not cost one.
         voice.noted(run.rows_read(ahead))
+    for note in run.notes:
+        voice.noted(note)
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
@@ -312,6 +316,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
+        check_source_among_ranks(prepared.source)
         source = prepared.source.tensors
         rules = () if prepared.source.own_names else rules_for(spec, config, source)
         weights.load_into(model, source, rules, whole_model=meta_model(spec, config))
@@ -353,8 +358,19 @@ def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
     )
 
 
+def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, list[str]]:
+    """Put the checkpoints of a run in order, on one rank. Return the one to go on from, and lines about all that."""
+    notes = checkpoints.tidy()
+    saved = finished.resume_point(checkpoints.run, resume)
+    if saved is not None:
+        notes += checkpoints.make_way(finished.read_progress(saved)["step"])
+        if Checksums.read(saved) is None:
+            notes.append(f"{saved} has no checksums, as an older zoo saved it; it was read unchecked")
+    return saved, notes
+
+
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
-    progress = checkpoint.read_progress(saved)
+    progress = finished.resumable_progress(saved)
     check_same_run(saved, progress, prepared)
     checkpoint.load(state, saved)
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
