@@ -43,7 +43,7 @@ def open_directory(path: Path) -> HubCheckpoint:
     """Check everything that can be checked without a model and without reading a tensor. Raises DataError."""
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory")
-    if any(os.path.lexists(path / name) for name in ADAPTER):
+    if any(name in ADAPTER for name in _names(path)):
         raise adapter_refusal(path)
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
     _check_kind(path / CONFIG, config)
