@@ -115,6 +115,8 @@ class Checkpoints:
     ) -> None:
         _write_synced(unfinished / "progress.json", json.dumps(dict(progress), indent=2).encode())
         for name, content in hub_files.items():
+            # A tokenizer may keep some of its templates in a folder of their own.
+            (unfinished / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
             _write_synced(unfinished / "hub" / name, content)
         _sync_tree(unfinished)
         # Before the renames: all that may find the disk full.

@@ -3,121 +3,117 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer as Backend
+from jinja2 import TemplateSyntaxError
+from tokenizers import Encoding, Tokenizer as Backend
 
 from zoo.core.errors import DataError, one_line
-from zoo.core.template import ChatTemplate
+from zoo.core.template import literal_text, on_a_fixed_day
+from zoo.core.tokenizer_files import CONFIG, TEMPLATES, load_pretrained, read_object, read_text, tokenizer_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GUARD = "\U0010fff0"
 """Breaks a special token that stands in somebody's text. A private character whose bytes (F4 8F ..) no vocabulary
 merges with anything, so the tokens made of it can be taken out again without a trace."""
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""Names a tokenizer's files have in a Hugging Face directory."""
+ASSISTANT = "assistant"
+"""The role whose messages the model itself would write."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """The `tokenizers` library behind the questions that training asks.
+    """What transformers loads from a directory, behind the questions that training asks.
 
     Safe to use from several threads. Text is *plain*: whatever is written in it, `encode` gives no special token.
     Special tokens come from the caller (`bos_id`, `eos_id`) or from the chat template, see `render`.
     """
 
     path: Path
-    plain: Backend
+    pretrained: PreTrainedTokenizerFast = field(repr=False)
+    """Says what the files mean, and renders. It never encodes: that changes its settings."""
+    plain: Backend = field(repr=False)
     """Reads special tokens in a text as the characters they are."""
-    aware: Backend
+    aware: Backend = field(repr=False)
     """Reads them as special tokens."""
-    special: Mapping[str, int]
-    """Content of each special token and its id."""
-    config: Mapping[str, Any]
-    """tokenizer_config.json's fields, with those of special_tokens_map.json and config.json below them."""
-    templates: Mapping[str, str]
-    """Chat templates by name; `default` is the usual one."""
     template_file: str = ""
+    """The file given with `chat_template`."""
+    template: str | None = field(default=None, repr=False)
+    """Its text."""
 
     @staticmethod
     def files(path: str | Path) -> tuple[str, ...]:
-        """Names of the tokenizer files in a directory, for byte-for-byte copies."""
-        return tuple(name for name in FILES if (Path(path) / name).is_file())
+        """Return names of the tokenizer files in a directory, for byte-for-byte copies."""
+        return tokenizer_files(Path(path))
 
     @classmethod
     def from_directory(cls, path: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
-        """Open tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins over the config's).
+        """Load the tokenizer of a directory as transformers' AutoTokenizer does.
 
-        `chat_template` is a jinja file that wins over both. Raises DataError naming the directory and the file.
+        `chat_template` is a jinja file that wins over the directory's own. Raises DataError naming directory and file.
         """
         path = Path(path)
-        text = _tokenizer_json(path)
-        plain, aware = _backend(text, path), _backend(text, path)
+        pretrained = load_pretrained(path)
+        aware = pretrained.backend_tokenizer
+        # A file may ask for cuts and padding at some length; documents are cut elsewhere.
+        aware.no_truncation()
+        aware.no_padding()
+        plain = Backend.from_str(aware.to_str())
         plain.encode_special_tokens = True
-        config = _merged_config(path)
-        templates, template_file = _templates(path, config)
-        tokenizer = cls(
-            path=path,
-            plain=plain,
-            aware=aware,
-            special=_special_tokens(aware),
-            config=config,
-            templates=templates,
-            template_file=template_file,
-        )
+        tokenizer = cls(path=path, pretrained=pretrained, plain=plain, aware=aware)
         return tokenizer if chat_template is None else tokenizer.with_chat_template(chat_template)
 
     def with_chat_template(self, path: str | Path) -> Tokenizer:
-        """The same tokenizer with the template of a jinja file. Raises DataError if it cannot be read or parsed."""
-        text = _read_text(Path(path), hint="give a jinja file with --chat-template FILE")
-        other = replace(self, templates={"default": text}, template_file=str(path))
-        other.compiled_templates  # noqa: B018 - a broken template is reported now, not at the first sample
+        """Return the same tokenizer with the template of a jinja file. Raises DataError if that does not parse."""
+        text = read_text(Path(path), hint="give a jinja file with --chat-template FILE")
+        other = replace(self, template=text, template_file=str(path))
+        other._check_syntax("default")  # a broken template is reported now, not at the first sample
         return other
 
     # Ids --------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of plain text; `add_special` lets the tokenizer put its own around them (bos, say).
+        """Return token ids of plain text; `add_special` lets the tokenizer put its own around them (bos, say).
 
         Raises DataError if the text holds a special token that this tokenizer cannot read as characters.
         """
+        readable = self._readable(text)
+        if readable != text:
+            return _apart(self.plain.encode_batch([readable], add_special_tokens=add_special)[0], readable)[0]
         # The batch call, unlike `encode`, keeps no offsets and lets other threads run.
-        return list(self.plain.encode_batch_fast([self._readable(text)], add_special_tokens=add_special)[0].ids)
+        return list(self.plain.encode_batch_fast([text], add_special_tokens=add_special)[0].ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Token ids of two plain texts that follow each other, with no token across. Raises DataError as `encode`."""
-        text = f"{self._readable(first)}{GUARD}{self._readable(second)}"
+        """Return token ids of two plain texts in a row, with no token across. Raises DataError as `encode`."""
+        _check_unguarded(first + second)
+        first, second = self._readable(first), self._readable(second)
+        text = f"{first}{GUARD}{second}"
         ids, starts = _apart(self.plain.encode_batch([text], add_special_tokens=False)[0], text)
         cut = bisect_left(starts, len(first))
         return ids[:cut], ids[cut:]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Return the text of token ids."""
         return str(self.aware.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property
     def bos_id(self) -> int | None:
+        """What begins a text: the tokenizer's bos token, else config.json's `bos_token_id`."""
         return self._id("bos_token")
 
     @cached_property
     def eos_id(self) -> int | None:
+        """What ends a text: the tokenizer's eos token, else config.json's first `eos_token_id`."""
         return self._id("eos_token")
 
     @cached_property
@@ -126,12 +122,17 @@ class Tokenizer:
         return next((id for id in (self._id("pad_token"), self.eos_id) if id is not None), 0)
 
     @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text of its own accord: bos, or nothing."""
+        alone = self.encode("a")
+        ids = self.encode("a", add_special=True)
+        starts = (at for at in range(len(ids)) if ids[at : at + len(alone)] == alone)
+        return tuple(ids[: next(starts, 0)])
+
+    @cached_property
     def adds_bos(self) -> bool:
-        """Whether a text begins with bos: tokenizer_config.json's word, else what tokenizer.json does."""
-        said = self.config.get("add_bos_token")
-        if self.bos_id is None or isinstance(said, bool):
-            return bool(said) and self.bos_id is not None
-        return self.encode("a", add_special=True)[:1] == [self.bos_id]
+        """Whether the tokenizer begins a text with bos, as `tokenizer(text)` of transformers does."""
+        return self.bos_id is not None and self.bos_id in self.begin_ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -141,20 +142,38 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the tokens of any text or conversation may."""
-        said = {key: self.config.get(key) for key in ("bos_token", "eos_token", "add_bos_token")}
-        parts = (self.aware.to_str(), json.dumps([said, dict(self.templates)], sort_keys=True, default=str))
+        said = [self.named, self.bos_id, self.eos_id, sorted(self.special), sorted(self._markup)]
+        parts = (self.aware.to_str(), json.dumps([said, self.templates], sort_keys=True))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def named(self) -> Mapping[str, str]:
+        """Special tokens that have a name (`bos_token`, `sep_token`), by it."""
+        return {name: text for name, text in self.pretrained.special_tokens_map.items() if isinstance(text, str)}
+
+    @cached_property
+    def special(self) -> Mapping[str, int]:
+        """Tokens that are no text, and their ids: named ones, those flagged special, those the template writes.
+
+        An added token that is not flagged is taken for text unless the template writes it (`<|im_end|>`).
+        """
+        added = self.aware.get_added_tokens_decoder().values()
+        flagged = {token.content for token in added if token.special} | set(self.named.values())
+        ids = {content: self.aware.token_to_id(content) for content in flagged | self._written if content}
+        return {content: id for content, id in ids.items() if id is not None}
 
     # Conversations ----------------------------------------------------------------------------------
 
     @cached_property
-    def compiled_templates(self) -> dict[str, ChatTemplate]:
-        return {name: ChatTemplate(text, where=self.template_file) for name, text in self.templates.items()}
+    def templates(self) -> Mapping[str, str]:
+        """Chat templates by name; `default` is the usual one."""
+        own = self.pretrained.chat_template if self.template is None else self.template
+        return dict(own) if isinstance(own, Mapping) else {} if own is None else {"default": own}
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation, as the checkpoint's authors write it. Raises DataError in one line."""
+        """Return the text of a conversation, as the checkpoint's authors write it. Raises DataError in one line."""
         return self.render(messages, add_generation_prompt=add_generation_prompt, **variables).replace(GUARD, "")
 
     def render(
@@ -162,18 +181,15 @@ class Tokenizer:
     ) -> str:
         """As `apply_chat_template`, for `encode_rendered`: special tokens in the caller's strings are broken by GUARD.
 
-        So an `<|eot_id|>` that somebody typed into a message is text, and the template's own is a token.
+        So an `<|eot_id|>` that somebody typed into a message is text, and the template's own is a token. An assistant
+        may write the markup that the template itself keeps inside a turn (`<think>`).
         """
-        template = self._template(has_tools=bool(variables.get("tools")))
-        tokens = {name: self._content(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        named = {name: content for name, content in tokens.items() if content is not None}
-        protected = {name: self._protect(value) for name, value in variables.items()}
-        return template.render(
-            self._protect(list(messages)), **{**protected, **named}, add_generation_prompt=add_generation_prompt
-        )
+        guarded = [self._protect(message, own=_is_assistants(message)) for message in messages]
+        given = {name: self._protect(value) for name, value in variables.items() if name not in self.named}
+        return self._rendered(guarded, add_generation_prompt=add_generation_prompt, **given)
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a rendered conversation, and where in it (in characters) each token begins.
+        """Return token ids of a rendered conversation, and where in it (in characters) each token begins.
 
         A GUARD in the text is a place that no token crosses; it leaves no token itself. Raises DataError if the
         tokenizer cannot keep it apart.
@@ -183,25 +199,87 @@ class Tokenizer:
 
     # Inside -----------------------------------------------------------------------------------------
 
-    def _content(self, name: str) -> str | None:
-        value = self.config.get(name)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        return value if isinstance(value, str) else None
-
     def _id(self, name: str) -> int | None:
-        content = self._content(name)
-        if content is not None:
-            return self.aware.token_to_id(content)
-        value = self.config.get(f"{name}_id")
+        if name in self.named:
+            return self.aware.token_to_id(self.named[name])
+        value = read_object(self.path / "config.json").get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, int) else None
 
-    def _template(self, *, has_tools: bool) -> ChatTemplate:
-        compiled = self.compiled_templates
-        name = "tool_use" if has_tools and "tool_use" in compiled else "default"
-        if name not in compiled:
-            raise DataError(f"the tokenizer in {self.path} has no chat template; give one with --chat-template FILE")
-        return compiled[name]
+    # Rendering
+
+    def _rendered(self, messages: Sequence[Any], *, tools: Any = None, documents: Any = None, **variables: Any) -> str:
+        """Return what transformers renders. Raises DataError in one line, whatever the template does."""
+        name = self._chosen(tools)
+        _check_variables(self.pretrained, variables)
+        try:
+            # As a batch of one, for a conversation may be empty: what a template writes before all messages.
+            (text,) = self.pretrained.apply_chat_template(
+                [list(messages)],
+                chat_template=on_a_fixed_day(self.templates[name]),
+                tools=tools,
+                documents=documents,
+                tokenize=False,
+                **variables,
+            )
+            return str(text)
+        except Exception as error:  # a template is foreign code: any exception is its own
+            reason = one_line(error).removeprefix("TemplateError: ")[:300]
+        self._check_syntax(name)
+        raise DataError(f"{self._where(name)}: the chat template refuses the messages: {reason}")
+
+    def _chosen(self, tools: Any) -> str:
+        """Return the name of the template that transformers takes."""
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name in self.templates:
+            return name
+        what = f"no default chat template, only {', '.join(self.templates)}" if self.templates else "no chat template"
+        raise DataError(f"the tokenizer in {self.path} has {what}; give one with --chat-template FILE")
+
+    def _check_syntax(self, name: str) -> None:
+        """Raise DataError with the line if a template does not parse."""
+        try:
+            self.pretrained.apply_chat_template([[]], chat_template=self.templates[name], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"{self._where(name)}: the chat template does not parse at line {error.lineno}: {error.message}; "
+                "give another with --chat-template FILE"
+            ) from None
+        except Exception:  # whatever it does without messages is no matter of syntax
+            return
+
+    def _where(self, name: str) -> str:
+        if self.template_file:
+            return self.template_file
+        files = [self.path / "chat_template.jinja"] if name == "default" else [self.path / TEMPLATES / f"{name}.jinja"]
+        return str(next((file for file in files if file.is_file()), self.path / CONFIG))
+
+    # Special tokens in somebody's text
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """Added tokens that stand in a template, or between the turns of a conversation.
+
+        Words and white space are not among them: a template writes those as text.
+        """
+        text = "\0".join((*map(literal_text, self.templates.values()), self._turns))
+        added = (token.content for token in self.aware.get_added_tokens_decoder().values())
+        return frozenset(content for content in added if _is_mark(content) and content in text)
+
+    @cached_property
+    def _turns(self) -> str:
+        """A conversation of nearly nothing: what the template writes around and between turns; "" if it refuses it."""
+        roles = ("user", ASSISTANT, "user")
+        try:
+            return self._rendered([{"role": role, "content": "x"} for role in roles])
+        except DataError:
+            return ""
+
+    @cached_property
+    def _markup(self) -> frozenset[str]:
+        """Tokens that the template writes or looks for inside a turn only (`<think>`, `<tool_call>`)."""
+        kept = {*self.named.values(), *(content for content in self.special if content in self._turns)}
+        return frozenset(self._written - kept) if self._turns else frozenset()
 
     @cached_property
     def _indivisible(self) -> tuple[str, ...]:
@@ -209,34 +287,73 @@ class Tokenizer:
         return tuple(
             content
             for content, id in self.special.items()
-            if id in self.plain.encode(content, add_special_tokens=False).ids
+            if content not in self._unflagged and id in self.plain.encode(content, add_special_tokens=False).ids
         )
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile("|".join(re.escape(content) for content in longest_first if len(content) > 1) or "(?!)")
+    def _unflagged(self) -> frozenset[str]:
+        """Special tokens that are not flagged so: the `plain` tokenizer still finds them."""
+        added = self.aware.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if not token.special and token.content in self.special)
+
+    @cached_property
+    def _patterns(self) -> dict[str, re.Pattern[str]]:
+        """What is broken in whose text: the assistant's, anybody's else in a conversation, a text without roles."""
+        return {
+            ASSISTANT: _any_of(self.special.keys() - self._markup),
+            "others": _any_of(self.special),
+            "text": _any_of(self._unflagged - self._markup),
+        }
 
     def _readable(self, text: str) -> str:
         _check_characters(text)
         for content in self._indivisible:
             if content in text:
                 raise DataError(f"the text holds {content!r}, which this tokenizer can only read as a special token")
-        return text
+        return self._broken(text, "text") if self._patterns["text"].search(text) else text
 
-    def _protect(self, value: Any) -> Any:
+    def _protect(self, value: Any, *, own: bool = False) -> Any:
         if isinstance(value, str):
-            return self._protect_text(value)
+            return self._broken(value, ASSISTANT if own else "others")
         if isinstance(value, Mapping):
-            return {self._protect(key): self._protect(item) for key, item in value.items()}
-        return [self._protect(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self._protect(key, own=own): self._protect(item, own=own) for key, item in value.items()}
+        return [self._protect(item, own=own) for item in value] if isinstance(value, list | tuple) else value
 
-    def _protect_text(self, text: str) -> str:
-        if GUARD in text:
-            raise DataError("a message holds the character U+10FFF0, which zoo keeps for itself; take it out")
-        while self._special_pattern.search(text):
-            text = self._special_pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
+    def _broken(self, text: str, whose: str) -> str:
+        _check_unguarded(text)
+        pattern = self._patterns[whose]
+        while pattern.search(text):
+            text = pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
         return text
+
+
+def _is_assistants(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == ASSISTANT
+
+
+def _is_mark(content: str) -> bool:
+    return any(not (char.isalnum() or char.isspace()) for char in content)
+
+
+def _any_of(contents: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(re.escape(content) for content in longest_first if len(content) > 1) or "(?!)")
+
+
+def _check_variables(pretrained: PreTrainedTokenizerFast, variables: Mapping[str, Any]) -> None:
+    """Raise DataError for a variable that would be an option of the call and never reach the template."""
+    options = inspect.signature(pretrained.apply_chat_template).parameters
+    taken = sorted(name for name in variables if name in options and name != "add_generation_prompt")
+    if taken:
+        raise DataError(
+            f"a chat template cannot have a variable named {taken[0]!r}, which is an option of transformers' own; "
+            "take it out of chat_template_kwargs"
+        )
+
+
+def _check_unguarded(text: str) -> None:
+    if GUARD in text:
+        raise DataError("a text holds the character U+10FFF0, which zoo keeps for itself; take it out")
 
 
 def _check_characters(text: str) -> None:
@@ -247,7 +364,7 @@ def _check_characters(text: str) -> None:
 
 
 def _apart(encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
-    """Ids and first characters of the tokens of a text, those of its GUARDs left out."""
+    """Return ids and first characters of the tokens of a text, those of its GUARDs left out."""
     ids, offsets = list(encoding.ids), encoding.offsets
     if GUARD not in text:
         return ids, [start for start, _ in offsets]
@@ -258,77 +375,3 @@ def _apart(encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
         elif text[start:stop].strip(GUARD):
             raise DataError(f"this tokenizer cannot keep {text[start:stop].replace(GUARD, '')!r} in two parts")
     return [id for id, _ in kept], [start for _, start in kept]
-
-
-# Reading the files --------------------------------------------------------------------------------
-
-
-def _tokenizer_json(path: Path) -> str:
-    if (path / "tokenizer.json").is_file():
-        return _read_text(path / "tokenizer.json", hint="copy it again from the checkpoint it belongs to")
-    if not path.is_dir():
-        raise DataError(f"{path} is not a directory with a tokenizer; give a Hugging Face directory with --from DIR")
-    found = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
-    instead = f" (only {found[0]}: save it once with transformers' AutoTokenizer)" if found else ""
-    raise DataError(
-        f"{path} has no tokenizer.json{instead}; copy the one of the checkpoint there, "
-        "or give a directory that has it with --from DIR"
-    )
-
-
-def _backend(text: str, path: Path) -> Backend:
-    try:
-        backend = Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path / 'tokenizer.json'} is not a tokenizer: {one_line(error)}") from None
-    # A file may ask for cuts and padding at some length; documents are cut here and nowhere else.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _special_tokens(backend: Backend) -> dict[str, int]:
-    added: Mapping[int, AddedToken] = backend.get_added_tokens_decoder()
-    return {token.content: id for id, token in added.items() if token.special and token.content}
-
-
-def _merged_config(path: Path) -> dict[str, Any]:
-    ids = _read_json(path / "config.json")
-    kept: dict[str, Any] = {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in ids}
-    named = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
-    return {**kept, **named}
-
-
-def _templates(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return {"default": _read_text(file, hint="give another with --chat-template FILE")}, str(file)
-    said = config.get("chat_template")
-    where = str(path / "tokenizer_config.json")
-    if isinstance(said, str):
-        return {"default": said}, where
-    if not isinstance(said, list):
-        return {}, where
-    entries = [entry for entry in said if isinstance(entry, Mapping)]
-    return {str(entry.get("name")): str(entry.get("template")) for entry in entries}, where
-
-
-def _read_text(path: Path, *, hint: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{path} cannot be read: {reason}; {hint}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    text = _read_text(path, hint="copy it again from the checkpoint it belongs to")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
