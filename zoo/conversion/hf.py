@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, ClassVar
 
 from zoo.conversion.directory import (
     CONFIG,
-    GENERATION,
     MAX_COMPANION,
     looks_like_checkpoint,
     open_directory,
@@ -24,6 +24,7 @@ from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
 from zoo.core.checksums import Checksums, Sum, sum_of_file
+from zoo.core.companions import GENERATION, TEMPLATE_FOLDER
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.inventory import check_tensors, rule_book
@@ -105,7 +106,9 @@ def _write_others(
     """Everything but tensors, anew if an earlier attempt left some of it."""
     keep = {JOURNAL, *(shard.name for shard in shards)}
     for path in directory.iterdir():
-        if path.name not in keep:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
             path.unlink()
     write_index(directory, shards)
     _copy(files, directory)
@@ -119,9 +122,11 @@ def _copy(files: Mapping[str, Path], directory: Path) -> None:
     for name, path in files.items():
         if name == CONFIG:
             continue
-        if Path(name).name != name or (directory / name).exists():
+        target = directory / name
+        if name not in (target.name, f"{TEMPLATE_FOLDER}/{target.name}") or target.exists():
             raise DataError(f"{name!r} cannot be copied into a checkpoint: it must be a plain name not used yet")
-        copy_file(path, directory / name, limit=MAX_COMPANION)
+        target.parent.mkdir(exist_ok=True)
+        copy_file(path, target, limit=MAX_COMPANION)
 
 
 def _config(fields: Mapping[str, Any], base: Path | None, outgoing: Sequence[Outgoing]) -> dict[str, Any]:
@@ -150,7 +155,8 @@ def _check_written(directory: Path, outgoing: Sequence[Outgoing]) -> None:
 
 def _write_checksums(directory: Path, shards: Mapping[str, Sum]) -> None:
     """Of all files that were written. Those that are no shards are small, so they are read for it."""
-    others = [path.name for path in directory.iterdir() if path.name not in shards and path.name != JOURNAL]
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    others = [name for name in files if name not in shards and name != JOURNAL]
     Checksums(directory, {**shards, **{name: sum_of_file(directory / name) for name in others}}).write()
 
 

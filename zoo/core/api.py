@@ -17,7 +17,7 @@ from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
-from zoo.core.inventory import rules_for
+from zoo.core.inventory import checked_book
 from zoo.core.job import Job
 from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch
 from zoo.core.layout_auto import with_degrees
@@ -55,12 +55,13 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
         )
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(opened.config)
+    book = checked_book(opened, spec, config)
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
     with torch.device("meta"):
         model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
     weights.allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
-    rules = () if opened.own_names else rules_for(spec, config, opened.tensors)
+    rules = () if opened.own_names else book.rules
     weights.load_into(model, opened.tensors, rules)
     return model.eval()
 
