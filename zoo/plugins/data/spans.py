@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from zoo.core.errors import DataError
@@ -35,30 +35,49 @@ class Turns:
         begins = before is not None and self.text.startswith(before)
         if before is not None and begins and after is not None and self.text.startswith(after):
             return len(before), len(before) + len(self._without_tail(after[len(before) :]))
-        start, stop = self._by_difference(turn, after)
+        start, stop = self._by_difference(turn, before, after)
         return (len(before) if before is not None and begins else start), stop
 
-    def _by_difference(self, turn: int, after: str | None) -> Span:
+    def _by_difference(self, turn: int, before: str | None, after: str | None) -> Span:
         """Find a turn where the conversation parts from the same one in which it says something else.
 
-        Only a turn that its neighbours' own words do not reach into is taken, so those are never trained.
+        If what the template adds for the turn at the end of a conversation stands there, it is the turn. Otherwise only
+        a turn that its neighbours' own words do not reach into is taken, so those are never trained.
         """
         found = self._changed(turn)
-        if found is None or after is None:
+        alone = self._rendered(turn, last=self._probe(turn))
+        if found is None or after is None or alone is None:
             raise DataError(_mixed(turn))
         start, stop = found
-        for neighbour in (turn - 1, turn + 1):
-            other = self._changed(neighbour) if 0 <= neighbour < len(self.messages) else None
-            if other is not None and other[0] < stop and start < other[1]:
-                raise DataError(_mixed(turn))
-        alone = self.render([*self.messages[:turn], self._probe(turn)], False)
+        added = self._added(turn, before, after, alone)
+        at = self.text.find(added, max(0, stop - len(added)), start + len(added)) if added else -1
+        if at >= 0:
+            return at, at + len(added)
+        if self._reaches(turn - 1, start, stop) or self._reaches(turn + 1, start, stop):
+            raise DataError(_mixed(turn))
         tail = after[len(after) - _common_end(after, alone) :]
         return start, stop + self._end_of_turn(tail, self.text[stop:])
 
+    def _added(self, turn: int, before: str | None, after: str, alone: str) -> str:
+        """Return what the template adds for a turn at the end of a conversation, "" if that cannot be told.
+
+        `before` is the text of what comes before, `after` the one with the turn, `alone` with another in its place.
+        """
+        if before is not None and after.startswith(before):
+            return self._without_tail(after[len(before) :])
+        start = _common_start(after, alone)
+        shorter = replace(self, text=after, messages=self.messages[: turn + 1])
+        return "" if shorter._reaches(turn - 1, start, len(after)) else self._without_tail(after[start:])
+
+    def _reaches(self, other: int, start: int, stop: int) -> bool:
+        """Whether what a message says itself reaches into a part of the text."""
+        found = self._changed(other) if 0 <= other < len(self.messages) else None
+        return found is not None and found[0] < stop and start < found[1]
+
     def _changed(self, turn: int) -> Span | None:
         """Return the part of the text that is another when a message says something else; None if it is not written."""
-        other = self.render([*self.messages[:turn], self._probe(turn), *self.messages[turn + 1 :]], False)
-        if PROBE not in other:
+        other = self._with_another(turn)
+        if other is None or PROBE not in other:
             return None
         start = _common_start(self.text, other)
         return start, max(start, len(self.text) - _common_end(self.text, other))
@@ -77,19 +96,37 @@ class Turns:
         stripped = said.rstrip()
         return stripped if any(stripped.endswith(token) for token in self.special) else said
 
-    def _rendered(self, count: int, *, prompt: bool = False) -> str | None:
-        """Return the text of the first messages; None if the template wants more of them."""
+    def _rendered(self, count: int, *, prompt: bool = False, last: dict[str, Any] | None = None) -> str | None:
+        """Return the text of the first messages, and of one more; None if the template refuses them."""
         if count == len(self.messages) and not prompt:
             return self.text
         try:
-            return self.render(self.messages[:count], prompt)
+            return self.render([*self.messages[:count], *([] if last is None else [last])], prompt)
         except DataError:
             return None
+
+    def _with_another(self, turn: int) -> str | None:
+        """Return the text with another message in a turn's place, if need be one that calls as many tools."""
+        for another in (self._probe(turn), _renamed(self.messages[turn])):
+            try:
+                return self.render([*self.messages[:turn], another, *self.messages[turn + 1 :]], False)
+            except DataError:
+                continue
+        return None
 
     def _probe(self, turn: int) -> dict[str, Any]:
         message = self.messages[turn]
         kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
         return {**kept, "content": PROBE}
+
+
+def _renamed(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message that says and calls something else in the same places."""
+    calls = [
+        {**call, "function": {**call["function"], "name": PROBE}} if "function" in call else {**call, "name": PROBE}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "content": message["content"] and PROBE, **({"tool_calls": calls} if calls else {})}
 
 
 def _mixed(turn: int) -> str:
