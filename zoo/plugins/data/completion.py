@@ -32,8 +32,7 @@ def _of_texts(record: Record, prompt: str, completion: str, tokenizer: Tokenizer
         first, second = tokenizer.encode_pair(prompt, completion)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        first.insert(0, tokenizer.bos_id)
+    first[:0] = tokenizer.begin_ids
     if tokenizer.eos_id is not None:
         second.append(tokenizer.eos_id)
     marks = [everything] * len(first) + [True] * len(second)

@@ -51,7 +51,7 @@ class Conversation:
         """Train on the turns with these indices, or on all that is outside of them."""
         messages, text = self._form()
         found = Turns(text=text, messages=messages, render=self._render, special=self.tokenizer.special)
-        spans = {turn: found.span(turn) for turn in turns}
+        spans = found.spans(turns)
         ids, starts = self.tokenizer.encode_rendered(text)
         trained = inside(ids, starts, list(spans.values()), special=set(self.tokenizer.special.values()), end=len(text))
         parts = {turn: text[slice(*span)].replace(GUARD, "") for turn, span in spans.items()}

@@ -1,17 +1,30 @@
-"""Where in a rendered conversation a turn stands: what the template writes because of it, header left out."""
+"""Where in a rendered conversation turns stand: what the template writes because of them, their headers left out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from zoo.core.errors import DataError
+from zoo.plugins.data.turns import Message
 
 Span: TypeAlias = tuple[int, int]
 
 PROBE = "\U0010fff1"
 """A private character that stands for what a message says."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginnings:
+    """What is known of a turn by rendering the conversation up to it."""
+
+    start: int | None
+    """Where it starts, if the text begins with all that comes before it and the generation prompt."""
+    stop: int | None
+    """Where it stops, if the text begins with all up to it."""
+    added: str | None
+    """What the template adds for it at the end of a conversation, if it does add."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,48 +33,114 @@ class Turns:
 
     text: str
     """The whole conversation, rendered."""
-    messages: Sequence[dict[str, Any]]
-    render: Callable[[Sequence[dict[str, Any]], bool], str]
+    messages: Sequence[Message]
+    render: Callable[[Sequence[Message], bool], str]
     """The text of messages, with the generation prompt or without."""
     special: Collection[str]
 
-    def span(self, turn: int) -> Span:
-        """Return what is generated of a turn: what the model is given before it is the header, its last token the end.
+    def spans(self, turns: Sequence[int]) -> dict[int, Span]:
+        """Return what is generated of each turn: the model is given its header, and its last token is its end.
 
-        Most templates add to what they wrote: the turn is what follows the rendering of all before it and of the
-        generation prompt. Raises DataError if the template rewrites earlier turns and nothing else helps.
+        Most templates only ever add: a turn is what follows the rendering of all before it and of the generation
+        prompt. Others are asked what changes in the text if the turn says something else. Raises DataError if neither
+        tells a turn apart.
         """
-        before, after = self._rendered(turn, prompt=True), self._rendered(turn + 1)
-        begins = before is not None and self.text.startswith(before)
-        if before is not None and begins and after is not None and self.text.startswith(after):
-            return len(before), len(before) + len(self._without_tail(after[len(before) :]))
-        start, stop = self._by_difference(turn, after)
-        return (len(before) if before is not None and begins else start), stop
+        known = {turn: self._beginnings(turn) for turn in turns}
+        rewritten = [turn for turn, one in known.items() if one.start is None or one.stop is None]
+        bodies = self._bodies(rewritten) if rewritten else {}
+        return {turn: self._span(turn, one, bodies.get(turn)) for turn, one in known.items()}
 
-    def _by_difference(self, turn: int, after: str | None) -> Span:
-        """Find a turn where the conversation parts from the same one in which it says something else.
+    def _span(self, turn: int, known: _Beginnings, body: Span | None) -> Span:
+        if known.start is not None and known.stop is not None:
+            return known.start, max(known.start, known.stop)
+        if body is None or (known.stop is None and known.added is None):
+            body, known = self._by_difference(turn, known)
+        at = self._placed(known.added, body)
+        if at is not None:
+            return at
+        start = body[0] if known.start is None else known.start
+        if known.stop is not None:
+            return start, known.stop
+        # What ends the turn at the end of a conversation ends it here.
+        said = self.text[slice(*body)]
+        place = known.added.rfind(said) if known.added is not None else -1
+        if known.added is None or place < 0:
+            raise DataError(_mixed(turn))
+        return start, body[1] + self._end_of_turn(known.added[place + len(said) :], self.text[body[1] :])
+
+    def _beginnings(self, turn: int) -> _Beginnings:
+        before, after = self._rendered(self.messages[:turn], prompt=True), self._rendered(self.messages[: turn + 1])
+        start = stop = added = None
+        if before is not None and self.text.startswith(before):
+            start = len(before)
+        if after is not None and self.text.startswith(after):
+            stop = len(self._without_tail(after))
+        if before is not None and after is not None and after.startswith(before):
+            added = self._without_tail(after[len(before) :])
+        return _Beginnings(start, stop, added)
+
+    def _bodies(self, turns: Sequence[int]) -> dict[int, Span]:
+        """Find what these turns say by one rendering in which they all say something else; {} if that is not certain.
+
+        What is between the turns must stand in the text as it does there, and hold a special token, which no message
+        holds: so it is found nowhere else, and what others say is between the turns and never in one.
+        """
+        other = self._rendered([_probe(m) if i in turns else m for i, m in enumerate(self.messages)])
+        between = other.split(PROBE) if other is not None else []
+        if len(between) != len(turns) + 1 or not self.text.startswith(between[0]):
+            return {}
+        found: dict[int, Span] = {}
+        start = len(between[0])
+        for turn, part in zip(turns, between[1:], strict=True):
+            last = len(found) == len(turns) - 1
+            stop = len(self.text) - len(part) if last else self.text.find(part, start)
+            if stop < start or not self.text.startswith(part, stop) or not any(one in part for one in self.special):
+                return {}
+            found[turn] = (start, stop)
+            start = stop + len(part)
+        return found
+
+    def _by_difference(self, turn: int, known: _Beginnings) -> tuple[Span, _Beginnings]:
+        """Find what one turn says where the text parts from the one in which it says something else.
 
         Only a turn that its neighbours' own words do not reach into is taken, so those are never trained.
         """
-        found = self._changed(turn)
-        if found is None or after is None:
+        body, after = self._changed(turn), self._rendered(self.messages[: turn + 1])
+        alone = self._rendered([*self.messages[:turn], _probe(self.messages[turn])])
+        if body is None or after is None or alone is None:
             raise DataError(_mixed(turn))
-        start, stop = found
-        for neighbour in (turn - 1, turn + 1):
-            other = self._changed(neighbour) if 0 <= neighbour < len(self.messages) else None
-            if other is not None and other[0] < stop and start < other[1]:
+        if known.added is None:
+            start = _common_start(after, alone)
+            shorter = replace(self, text=after, messages=self.messages[: turn + 1])
+            if shorter._reaches(turn - 1, (start, len(after))):
                 raise DataError(_mixed(turn))
-        alone = self.render([*self.messages[:turn], self._probe(turn)], False)
-        tail = after[len(after) - _common_end(after, alone) :]
-        return start, stop + self._end_of_turn(tail, self.text[stop:])
+            known = replace(known, added=self._without_tail(after[start:]))
+        if self._placed(known.added, body) is None and any(self._reaches(turn + by, body) for by in (-1, 1)):
+            raise DataError(_mixed(turn))
+        return body, known
+
+    def _placed(self, added: str | None, body: Span) -> Span | None:
+        """Return where around a body stands what the template adds for the turn at the end of a conversation."""
+        if not added:
+            return None
+        at = self.text.find(added, max(0, body[1] - len(added)), body[0] + len(added))
+        return (at, at + len(added)) if at >= 0 else None
 
     def _changed(self, turn: int) -> Span | None:
         """Return the part of the text that is another when a message says something else; None if it is not written."""
-        other = self.render([*self.messages[:turn], self._probe(turn), *self.messages[turn + 1 :]], False)
-        if PROBE not in other:
+        for another in (_probe(self.messages[turn]), _renamed(self.messages[turn])):
+            other = self._rendered([*self.messages[:turn], another, *self.messages[turn + 1 :]])
+            if other is not None:
+                break
+        if other is None or PROBE not in other:
             return None
         start = _common_start(self.text, other)
         return start, max(start, len(self.text) - _common_end(self.text, other))
+
+    def _reaches(self, other: int, part: Span) -> bool:
+        """Whether what a message says itself reaches into a part of the text."""
+        found = self._changed(other) if 0 <= other < len(self.messages) else None
+        return found is not None and found[0] < part[1] and part[0] < found[1]
 
     def _end_of_turn(self, tail: str, rest: str) -> int:
         """Return how many characters of the rest end a turn after which the template writes `tail` at the very end."""
@@ -77,19 +156,28 @@ class Turns:
         stripped = said.rstrip()
         return stripped if any(stripped.endswith(token) for token in self.special) else said
 
-    def _rendered(self, count: int, *, prompt: bool = False) -> str | None:
-        """Return the text of the first messages; None if the template wants more of them."""
-        if count == len(self.messages) and not prompt:
+    def _rendered(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+        """Return the text of messages; None if the template refuses them."""
+        if len(messages) == len(self.messages) and not prompt and messages == self.messages:
             return self.text
         try:
-            return self.render(self.messages[:count], prompt)
+            return self.render(messages, prompt)
         except DataError:
             return None
 
-    def _probe(self, turn: int) -> dict[str, Any]:
-        message = self.messages[turn]
-        kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
-        return {**kept, "content": PROBE}
+
+def _probe(message: Message) -> dict[str, Any]:
+    kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
+    return {**kept, "content": PROBE}
+
+
+def _renamed(message: Message) -> dict[str, Any]:
+    """Return a message that says something else and calls as many tools, for templates that count them."""
+    calls = [
+        {**call, "function": {**call["function"], "name": PROBE}} if "function" in call else {**call, "name": PROBE}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "content": message["content"] and PROBE, **({"tool_calls": calls} if calls else {})}
 
 
 def _mixed(turn: int) -> str:
@@ -102,22 +190,18 @@ def _mixed(turn: int) -> str:
 
 def _common_start(one: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return _alike(min(len(one), len(other)), lambda low, high: one[low:high] == other[low:high])
 
 
 def _common_end(one: str, other: str) -> int:
-    low, high = 0, min(len(one), len(other))
+    a, b = len(one), len(other)
+    return _alike(min(a, b), lambda low, high: one[a - high : a - low] == other[b - high : b - low])
+
+
+def _alike(limit: int, same: Callable[[int, int], bool]) -> int:
+    """Return the largest n up to which all is alike, by halves."""
+    low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if one[len(one) - middle : len(one) - low] == other[len(other) - middle : len(other) - low]:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if same(low, middle) else (low, middle - 1)
     return low

@@ -22,8 +22,7 @@ def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample
         tokens = tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        tokens.insert(0, tokenizer.bos_id)
+    tokens[:0] = tokenizer.begin_ids
     if tokenizer.eos_id is not None:
         tokens.append(tokenizer.eos_id)
     return Sample(tokens, [True] * len(tokens), spelt_remarks((text,), tokenizer))

@@ -112,7 +112,8 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
         function = call_of(call)
         if isinstance(function.get("name"), str):
             if isinstance(call.get("function"), Mapping):
-                call["function"] = {"arguments": {}, **_without_null(function)}
+                call["function"] = _without_null(function)
+                call["function"].setdefault("arguments", {})
             return call
     raise DataError(f"{where}: a tool call must be an object with a function that has a name, not {described(value)}")
 
