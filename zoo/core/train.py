@@ -29,13 +29,13 @@ from zoo.core.metrics import Meter, Pending
 from zoo.core.numerics import first_of_ranks, traced
 from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins, differences
+from zoo.core.preflight import checked_progress
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
-from zoo.core.rows import RowStream, open_rows
+from zoo.core.rows import RowStream
 from zoo.core.saver import Saved, Saver
 from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
-from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
 from zoo.core.world import host_group, process_group
@@ -96,7 +96,7 @@ class _Run:
         job, path = prepared.job, prepared.out
         mesh = Mesh(prepared.degrees, device.type)
         state = _build_state(prepared, mesh, device)
-        stream = _open_stream(prepared, registry) if reads_data(mesh) else None
+        stream = prepared.open_rows(registry) if reads_data(mesh) else None
         meter = Meter(
             seq=job.data.seq,
             global_batch=prepared.global_batch,
@@ -107,6 +107,7 @@ class _Run:
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
         if dist.get_rank() == 0:
             checkpoints.tidy()
+            prepared.hub_files  # noqa: B018 - read now: the source may be gone, or another, when a save is due
         saved = checkpoint.resume_point(path, job.checkpoint.resume)
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
@@ -148,7 +149,7 @@ class _Run:
             "cursor": self.position.cursor,
         }
         save = self.saver.start if beside else self.saver.write
-        saved = save(self.state, progress, self.prepared.hub_files)
+        saved = save(self.state, progress, lambda: self.prepared.hub_files)
         self.meter.restart_clock()
         return saved
 
@@ -284,36 +285,8 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     )
 
 
-def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
-    job = prepared.job
-    path = prepared.origin.tokenizer_path
-    tokenizer = Tokenizer.from_directory(path)
-    if tokenizer.vocab_size > prepared.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens and the model only "
-            f"{prepared.config.vocab_size}; --from must name a directory whose tokenizer belongs to its weights"
-        )
-    return open_rows(
-        registry,
-        data=str(job.data.path),
-        data_format=job.data.format,
-        tokenizer=tokenizer,
-        seq=job.data.seq,
-        seed=job.data.seed,
-        overlong=job.data.overlong,
-        loss_on=job.data.loss_on,
-        chat_template=job.data.chat_template,
-    )
-
-
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
-    progress = checkpoint.read_progress(saved)
-    for key, now in (("seq", prepared.job.data.seq), ("global_batch", prepared.global_batch)):
-        if progress[key] != now:
-            raise UsageError(
-                f"{saved} was trained with {key} {progress[key]} and this job has {now}: the data position would not "
-                f"hold. Give --{key.replace('_', '-')} {progress[key]}, or start a new run with --out elsewhere"
-            )
+    progress = checked_progress(saved, prepared)
     checkpoint.load(state, saved)
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
     if stream is not None:
