@@ -20,7 +20,9 @@ from zoo.core.rows import open_source
 from zoo.core.samples import LOSS_ON, Samples
 from zoo.core.survey import Problems, Survey, records, survey
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer_files import read_object
 from zoo.core.units import parse_tokens
+from zoo.core.vocabulary import check_vocabulary
 
 
 @click.group()
@@ -77,7 +79,11 @@ def preview(session: Session, /, path: str, row: int, count: int, **options: Any
 def _samples(
     registry: Registry, *, source: str | None, data_format: str | None, loss_on: str, chat_template: str | None
 ) -> Samples:
-    tokenizer = Tokenizer.from_directory(source or _embedded(registry), chat_template=chat_template)
+    folder = Path(source or _embedded(registry))
+    tokenizer = Tokenizer.from_directory(folder, chat_template=chat_template)
+    rows = read_object(folder / "config.json").get("vocab_size")
+    if isinstance(rows, int):
+        check_vocabulary(tokenizer, rows)
     return Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on)
 
 

@@ -24,10 +24,11 @@ from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
 from zoo.core.checksums import Checksums, Sum, sum_of_file
-from zoo.core.companions import GENERATION, TEMPLATE_FOLDER
+from zoo.core.companions import GENERATION
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.inventory import check_tensors, rule_book
+from zoo.core.tokenizer_files import TEMPLATES
 from zoo.core.version import __version__
 
 _MAX_CONFIG = 1 << 20
@@ -123,7 +124,7 @@ def _copy(files: Mapping[str, Path], directory: Path) -> None:
         if name == CONFIG:
             continue
         target = directory / name
-        if name not in (target.name, f"{TEMPLATE_FOLDER}/{target.name}") or target.exists():
+        if name not in (target.name, f"{TEMPLATES}/{target.name}") or target.exists():
             raise DataError(f"{name!r} cannot be copied into a checkpoint: it must be a plain name not used yet")
         target.parent.mkdir(exist_ok=True)
         copy_file(path, target, limit=MAX_COMPANION)

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from zoo.core.companions import TEMPLATE_FOLDER
 from zoo.core.errors import DataError
+from zoo.core.tokenizer_files import TEMPLATES
 
 LOGIN = "hf auth login"
 _REPO = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
@@ -31,10 +31,10 @@ _WANTED = (
 )
 # Patterns cross folders and know no exception, so: whatever leaves the path of the one folder at some character.
 _UNWANTED = (
-    *("consolidated*", "adapter_model*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", f"{TEMPLATE_FOLDER}/*/*"),
-    *(f"{TEMPLATE_FOLDER[:i]}/*" for i in range(len(TEMPLATE_FOLDER))),
-    *(f"{TEMPLATE_FOLDER[:i]}[!{c}/]*/*" for i, c in enumerate(TEMPLATE_FOLDER)),
-    f"{TEMPLATE_FOLDER}[!/]*/*",
+    *("consolidated*", "adapter_model*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", f"{TEMPLATES}/*/*"),
+    *(f"{TEMPLATES[:i]}/*" for i in range(len(TEMPLATES))),
+    *(f"{TEMPLATES[:i]}[!{c}/]*/*" for i, c in enumerate(TEMPLATES)),
+    f"{TEMPLATES}[!/]*/*",
 )
 
 

@@ -25,6 +25,7 @@ from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
 from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
 from zoo.core.plugins import Plugins
+from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
@@ -85,7 +86,9 @@ def finetune(model: str | None = None, **flags: Any) -> Path:
 def ready(plugins: Plugins, model: str | None, flags: Mapping[str, Any], world_size: int | None = None) -> Prepared:
     """`plan` with given plugins, and with the number of ranks an outer launcher started, if any."""
     registry = Registry(plugins)
-    return prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
+    prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
+    check_start(prepared, registry)
+    return prepared
 
 
 def run(
@@ -181,12 +184,19 @@ def traffic(prepared: Prepared) -> Report:
     return report(prepared)
 
 
+def notes(prepared: Prepared) -> dict[str, str]:
+    """What was chosen and why, by topic, and where the model will stop if that is not what its source says."""
+    ending = prepared.ending
+    return dict(prepared.notes) | ({"stops": ending} if ending else {})
+
+
 def head(prepared: Prepared) -> list[str]:
     """The lines that say what will run and why."""
     with torch.device("meta"):
         count = sum(p.numel() for p in prepared.spec.build(prepared.config).parameters())
-    notes = dict(prepared.notes) | {"model": f"{dict(prepared.notes)['model']}, {format_count(count)} parameters"}
+    said = notes(prepared)
+    said["model"] = f"{said['model']}, {format_count(count)} parameters"
     if accelerator_type() is None:
         what = f"{prepared.origin.entry.name} {prepared.origin.size} on {prepared.job.data.path}"
-        notes = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | notes
-    return [f"{topic:<10}{sentence}" for topic, sentence in notes.items()]
+        said = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | said
+    return [f"{topic:<10}{sentence}" for topic, sentence in said.items()]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.batch import Row
@@ -145,11 +144,8 @@ def open_rows(
     data_format: str | None = None,
     overlong: str | None = None,
     loss_on: str = "assistant",
-    chat_template: str | Path | None = None,
 ) -> RowStream:
     """The rows of `--data`. Raises DataError if it cannot be opened, UsageError for an option that does not exist."""
-    if chat_template is not None:
-        tokenizer = tokenizer.with_chat_template(chat_template)
     source = open_source(registry, data)
     samples = Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on, overlong=overlong)
     options = {

@@ -33,12 +33,11 @@ from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
-from zoo.core.resume import check_same_run, same_run
-from zoo.core.rows import RowStream, open_rows
+from zoo.core.resume import checked_progress, same_run
+from zoo.core.rows import RowStream
 from zoo.core.saver import Saved, Saver
 from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
 from zoo.core.step import TrainState, train_step
-from zoo.core.tokenizer import Tokenizer
 from zoo.core.verify import check_source_among_ranks, on_rank_zero
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import Heart
@@ -105,7 +104,7 @@ class _Run:
         job, path = prepared.job, prepared.out
         mesh = Mesh(prepared.degrees, device.type)
         state = _build_state(prepared, mesh, device)
-        stream = _open_stream(prepared, registry) if reads_data(mesh) else None
+        stream = prepared.open_rows(registry) if reads_data(mesh) else None
         meter = Meter(
             seq=job.data.seq,
             global_batch=prepared.global_batch,
@@ -115,6 +114,8 @@ class _Run:
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
         saved, notes = on_rank_zero(lambda: _start_from(checkpoints, job.checkpoint.resume))
+        if dist.get_rank() == 0:
+            prepared.hub_files  # noqa: B018 - read now: the source may be gone, or another, when a save is due
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
         position = Position.of(stream)
@@ -153,7 +154,7 @@ class _Run:
             "cursor": self.position.cursor,
         } | same_run(self.prepared)
         save = self.saver.start if beside else self.saver.write
-        saved = save(self.state, progress, self.prepared.hub_files)
+        saved = save(self.state, progress, lambda: self.prepared.hub_files)
         self.meter.restart_clock()
         return saved
 
@@ -336,28 +337,6 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     )
 
 
-def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
-    job = prepared.job
-    path = prepared.origin.tokenizer_path
-    tokenizer = Tokenizer.from_directory(path)
-    if tokenizer.vocab_size > prepared.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens and the model only "
-            f"{prepared.config.vocab_size}; --from must name a directory whose tokenizer belongs to its weights"
-        )
-    return open_rows(
-        registry,
-        data=str(job.data.path),
-        data_format=job.data.format,
-        tokenizer=tokenizer,
-        seq=job.data.seq,
-        seed=job.data.seed,
-        overlong=job.data.overlong,
-        loss_on=job.data.loss_on,
-        chat_template=job.data.chat_template,
-    )
-
-
 def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, list[str]]:
     """Put the checkpoints of a run in order, on one rank. Return the one to go on from, and lines about all that."""
     notes = checkpoints.tidy()
@@ -370,8 +349,7 @@ def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, lis
 
 
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
-    progress = finished.resumable_progress(saved)
-    check_same_run(saved, progress, prepared)
+    progress = checked_progress(saved, prepared)
     checkpoint.load(state, saved)
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
     meter.empty_steps = progress.get("empty_steps", 0)
