@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer as Backend
+from tokenizers import Encoding, Tokenizer as Backend
 
 from zoo.core.errors import DataError
 from zoo.core.guard import ASSISTANT, GUARD, Marks, check_unguarded, without_guards
@@ -92,16 +92,15 @@ class Tokenizer:
         readable = self._readable(text)
         if readable != text:
             check_unguarded(text)
-            return without_guards(self.plain.encode_batch([readable], add_special_tokens=add_special)[0], readable)[0]
-        # The batch call, unlike `encode`, keeps no offsets and lets other threads run.
-        return list(self.plain.encode_batch_fast([text], add_special_tokens=add_special)[0].ids)
+            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable)[0]
+        return list(_encoding(self.plain, text, add_special=add_special, offsets=False).ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Return token ids of two plain texts in a row, with no token across. Raises DataError as `encode`."""
         check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, starts = without_guards(self.plain.encode_batch([text], add_special_tokens=False)[0], text)
+        ids, starts = without_guards(_encoding(self.plain, text), text)
         cut = bisect_left(starts, len(first))
         return ids[:cut], ids[cut:]
 
@@ -214,7 +213,7 @@ class Tokenizer:
         tokenizer cannot keep it apart.
         """
         _check_characters(text)
-        return without_guards(self.aware.encode_batch([text], add_special_tokens=False)[0], text)
+        return without_guards(_encoding(self.aware, text), text)
 
     # Inside -----------------------------------------------------------------------------------------
 
@@ -264,6 +263,16 @@ class Tokenizer:
             if content in text:
                 raise DataError(f"the text holds {content!r}, which this tokenizer can only read as a special token")
         return self._marks.broken_in_text(text)
+
+
+def _encoding(backend: Backend, text: str, *, add_special: bool = False, offsets: bool = True) -> Encoding:
+    """Return the tokens of a text. Raises DataError if the vocabulary cannot spell it."""
+    # Calls for batches, unlike `encode`, let other threads run.
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        return encode([text], add_special_tokens=add_special)[0]
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer cannot read a text: {str(error)[:200]}") from None
 
 
 def _check_characters(text: str) -> None:
