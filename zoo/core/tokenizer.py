@@ -98,8 +98,8 @@ class Tokenizer:
         _check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, starts = _apart(self.plain.encode_batch([text], add_special_tokens=False)[0], text)
-        cut = bisect_left(starts, len(first))
+        ids, offsets = _apart(self.plain.encode_batch([text], add_special_tokens=False)[0], text)
+        cut = bisect_left(offsets, (len(first),))
         return ids[:cut], ids[cut:]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -188,8 +188,8 @@ class Tokenizer:
         given = {name: self._protect(value) for name, value in variables.items() if name not in self.named}
         return self._rendered(guarded, add_generation_prompt=add_generation_prompt, **given)
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
-        """Return token ids of a rendered conversation, and where in it (in characters) each token begins.
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids of a rendered conversation, and where in it (in characters) each begins and stops.
 
         A GUARD in the text is a place that no token crosses; it leaves no token itself. Raises DataError if the
         tokenizer cannot keep it apart.
@@ -363,15 +363,15 @@ def _check_characters(text: str) -> None:
         raise DataError(f"character {error.start} of the text is half of a surrogate pair; take it out") from None
 
 
-def _apart(encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
-    """Return ids and first characters of the tokens of a text, those of its GUARDs left out."""
+def _apart(encoding: Encoding, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return ids and places of the tokens of a text, those of its GUARDs left out."""
     ids, offsets = list(encoding.ids), encoding.offsets
     if GUARD not in text:
-        return ids, [start for start, _ in offsets]
+        return ids, offsets
     kept = []
     for id, (start, stop) in zip(ids, offsets, strict=True):
         if GUARD not in text[start:stop]:
-            kept.append((id, start))
+            kept.append((id, (start, stop)))
         elif text[start:stop].strip(GUARD):
             raise DataError(f"this tokenizer cannot keep {text[start:stop].replace(GUARD, '')!r} in two parts")
-    return [id for id, _ in kept], [start for _, start in kept]
+    return [id for id, _ in kept], [place for _, place in kept]
