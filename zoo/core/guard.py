@@ -70,18 +70,18 @@ def check_unguarded(text: str) -> None:
         raise DataError("a text holds the character U+10FFF0, which zoo keeps for itself; take it out")
 
 
-def without_guards(encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
-    """Return ids and first characters of the tokens of a text, those of its GUARDs left out."""
+def without_guards(encoding: Encoding, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return ids and places of the tokens of a text, those of its GUARDs left out."""
     ids, offsets = list(encoding.ids), encoding.offsets
     if GUARD not in text:
-        return ids, [start for start, _ in offsets]
+        return ids, offsets
     kept = []
     for id, (start, stop) in zip(ids, offsets, strict=True):
         if GUARD not in text[start:stop]:
-            kept.append((id, start))
+            kept.append((id, (start, stop)))
         elif text[start:stop].strip(GUARD):
             raise DataError(f"this tokenizer cannot keep {text[start:stop].replace(GUARD, '')!r} in two parts")
-    return [id for id, _ in kept], [start for _, start in kept]
+    return [id for id, _ in kept], [place for _, place in kept]
 
 
 def _broken(text: str, pattern: re.Pattern[str]) -> str:

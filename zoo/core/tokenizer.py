@@ -100,8 +100,8 @@ class Tokenizer:
         check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, starts = without_guards(_encoding(self.plain, text), text)
-        cut = bisect_left(starts, len(first))
+        ids, places = without_guards(_encoding(self.plain, text), text)
+        cut = bisect_left(places, (len(first),))
         return ids[:cut], ids[cut:]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -206,8 +206,8 @@ class Tokenizer:
         said = [self._marks.broken_in_message(message) for message in messages]
         return self.chat.render(said, add_generation_prompt=add_generation_prompt, **given)
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
-        """Return token ids of a rendered conversation, and where in it (in characters) each token begins.
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids of a rendered conversation, and where in it (in characters) each begins and stops.
 
         A GUARD in the text is a place that no token crosses; it leaves no token itself. Raises DataError if the
         tokenizer cannot keep it apart.

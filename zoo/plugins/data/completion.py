@@ -32,11 +32,11 @@ def _of_texts(record: Record, prompt: str, completion: str, tokenizer: Tokenizer
         first, second = tokenizer.encode_pair(prompt, completion)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
+    remarks = spelt_remarks((prompt, completion), {*first, *second}, tokenizer.special)
     first[:0] = tokenizer.begin_ids
     if tokenizer.eos_id is not None:
         second.append(tokenizer.eos_id)
-    marks = [everything] * len(first) + [True] * len(second)
-    return Sample(first + second, marks, spelt_remarks((prompt, completion), tokenizer))
+    return Sample(first + second, [everything] * len(first) + [True] * len(second), remarks)
 
 
 def _of_messages(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:

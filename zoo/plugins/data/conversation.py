@@ -11,7 +11,7 @@ from zoo.core.formats import Record, Remark, Sample
 from zoo.core.tokenizer import GUARD, Tokenizer
 from zoo.plugins.data.forms import forms
 from zoo.plugins.data.losses import lost
-from zoo.plugins.data.markers import lacking, spelt_out
+from zoo.plugins.data.markers import lacking, spelt_in_turns
 from zoo.plugins.data.spans import Span, Turns
 from zoo.plugins.data.turns import ASSISTANT, UNTRAINED, Message, call_of, described, from_json, is_trained
 
@@ -52,11 +52,11 @@ class Conversation:
         messages, text = self._form()
         found = Turns(text=text, messages=messages, render=self._render, special=self.tokenizer.special)
         spans = found.spans(turns)
-        ids, starts = self.tokenizer.encode_rendered(text)
-        trained = inside(ids, starts, list(spans.values()), special=set(self.tokenizer.special.values()), end=len(text))
+        ids, offsets = self.tokenizer.encode_rendered(text)
+        trained = inside(ids, offsets, list(spans.values()), special=set(self.tokenizer.special.values()))
         parts = {turn: text[slice(*span)].replace(GUARD, "") for turn, span in spans.items()}
         losses = lost(messages, text.replace(GUARD, ""), variables=self.variables, turns=parts)
-        remarks = [*(loss.remark for loss in losses), *self._remarks(), *self._on_markers(text, starts)]
+        remarks = [*(loss.remark for loss in losses), *self._remarks(), *self._on_markers(text, offsets)]
         return Sample(ids, [one != outside for one in trained], remarks)
 
     def _form(self) -> tuple[Sequence[Message], str]:
@@ -98,11 +98,11 @@ class Conversation:
                     place,
                 )
 
-    def _on_markers(self, text: str, starts: Sequence[int]) -> Iterator[Remark]:
-        spelt = spelt_out(_texts(self.messages), self.tokenizer)
+    def _on_markers(self, text: str, offsets: Sequence[Span]) -> Iterator[Remark]:
+        spelt = spelt_in_turns(_texts(self.messages), text, self.tokenizer.special)
         if spelt:
             yield Remark("conversations that spell out special tokens, which stay characters", " ".join(spelt))
-        missing = lacking(text, starts, besides=spelt)
+        missing = lacking(text, [start for start, _ in offsets], besides=spelt)
         if missing:
             yield Remark(
                 "conversations in which the chat template writes markers that the vocabulary lacks, so that they are "
@@ -126,33 +126,20 @@ def template_variables(record: Record) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and name not in _OWN_VARIABLES}
 
 
-def inside(
-    ids: Sequence[int], starts: Sequence[int], spans: Sequence[Span], *, special: set[int], end: int
-) -> list[bool]:
-    """Whether each token of a text of `end` characters holds a character of one of the ascending spans.
+def inside(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], *, special: set[int]) -> list[bool]:
+    """Whether each token of a text holds a character of one of the ascending spans.
 
     A token in which the end of a header and the beginning of an answer merge is trained: no other says that beginning.
     A special token is not, though it may swallow white space of the answer: it is the header's.
     """
     result = []
     at = 0
-    for id, start, stop in zip(ids, starts, _stops(starts, end), strict=True):
+    for id, (start, stop) in zip(ids, offsets, strict=True):
         while at < len(spans) and start >= spans[at][1]:
             at += 1
-        begin = spans[at][0] if at < len(spans) else end + 1
-        result.append(begin <= start or (begin < stop and id not in special))
+        begin = spans[at][0] if at < len(spans) else None
+        result.append(begin is not None and (begin <= start or (begin < stop and id not in special)))
     return result
-
-
-def _stops(starts: Sequence[int], end: int) -> list[int]:
-    """Where the token after each begins; tokens of one character share a beginning."""
-    stops = []
-    following = last = end
-    for start in reversed(starts):
-        if start != last:
-            following, last = last, start
-        stops.append(following)
-    return stops[::-1]
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

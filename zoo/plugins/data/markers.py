@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from zoo.core.formats import Remark
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer import GUARD
 
 _SHAPE = r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|<(?:start|end)_of_turn>"
 """What special tokens of chats look like in one vocabulary or another."""
@@ -16,15 +16,26 @@ _SHAPE = r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|<(?:start|end)_o
 _SHAPED = re.compile(_SHAPE)
 
 
-def spelt_out(texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """Return what in the texts looks like a special token, of this vocabulary or another; each once, sorted."""
-    pattern = _pattern(tuple(tokenizer.special))
-    return sorted({found for text in texts for found in pattern.findall(text)})
+def spelt_in_turns(texts: Iterable[str], rendered: str, special: Collection[str]) -> list[str]:
+    """Return what people wrote in a conversation that looks like a special token of this vocabulary or another, sorted.
+
+    Those of this vocabulary are broken by GUARD in the rendering, and only those that were to stay characters.
+    """
+    foreign = {found for text in texts for found in _SHAPED.findall(text) if found not in special}
+    longest = max(map(len, special), default=0)
+    broken = set()
+    at = rendered.find(GUARD)
+    while at >= 0:
+        said = rendered[at - 1 : at + 2 * longest].replace(GUARD, "")
+        broken.add(max((token for token in special if said.startswith(token)), key=len, default=""))
+        at = rendered.find(GUARD, at + 1)
+    return sorted(foreign | broken - {""})
 
 
-def spelt_remarks(texts: Iterable[str], tokenizer: Tokenizer) -> list[Remark]:
-    """Return a remark if texts that no template writes spell out special tokens."""
-    found = spelt_out(texts, tokenizer)
+def spelt_remarks(texts: Iterable[str], ids: Collection[int], special: Mapping[str, int]) -> list[Remark]:
+    """Return a remark if texts that became these tokens, without a template, spell out special tokens."""
+    pattern = _pattern(tuple(special))
+    found = sorted({one for text in texts for one in pattern.findall(text) if special.get(one) not in ids})
     kind = "texts that spell out special tokens, which stay characters; give conversations as column messages"
     return [Remark(kind, " ".join(found))] if found else []
 

@@ -25,6 +25,8 @@ class _Beginnings:
     """Where it stops, if the text begins with all up to it."""
     added: str | None
     """What the template adds for it at the end of a conversation, if it does add."""
+    closing: str
+    """The special token that the prompt for it ends in, if it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class Turns:
         at = self._placed(known.added, body)
         if at is not None:
             return at
-        start = body[0] if known.start is None else known.start
+        start = _header(self.text, body[0], known.closing) if known.start is None else known.start
         if known.stop is not None:
             return start, known.stop
         # What ends the turn at the end of a conversation ends it here.
@@ -71,13 +73,14 @@ class Turns:
     def _beginnings(self, turn: int) -> _Beginnings:
         before, after = self._rendered(self.messages[:turn], prompt=True), self._rendered(self.messages[: turn + 1])
         start = stop = added = None
+        closing = next((token for token in self.special if before is not None and before.endswith(token)), "")
         if before is not None and self.text.startswith(before):
             start = len(before)
         if after is not None and self.text.startswith(after):
             stop = len(self._without_tail(after))
         if before is not None and after is not None and after.startswith(before):
             added = self._without_tail(after[len(before) :])
-        return _Beginnings(start, stop, added)
+        return _Beginnings(start, stop, added, closing)
 
     def _bodies(self, turns: Sequence[int]) -> dict[int, Span]:
         """Find what these turns say by one rendering in which they all say something else; {} if that is not certain.
@@ -110,7 +113,7 @@ class Turns:
         if body is None or after is None or alone is None:
             raise DataError(_mixed(turn))
         if known.added is None:
-            start = _common_start(after, alone)
+            start = _header(after, _common_start(after, alone), known.closing)
             shorter = replace(self, text=after, messages=self.messages[: turn + 1])
             if shorter._reaches(turn - 1, (start, len(after))):
                 raise DataError(_mixed(turn))
@@ -164,6 +167,15 @@ class Turns:
             return self.render(messages, prompt)
         except DataError:
             return None
+
+
+def _header(text: str, start: int, closing: str) -> int:
+    """Return where the header before a body ends: at the special token that ends the prompt, if there is one.
+
+    The blank behind it is the model's to write then, as in `[/INST] answer`.
+    """
+    header = text[:start].rstrip()
+    return len(header) if closing and header.endswith(closing) else start
 
 
 def _probe(message: Message) -> dict[str, Any]:

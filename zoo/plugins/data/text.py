@@ -19,10 +19,9 @@ def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample
     if not text.strip():
         return Sample([], [])
     try:
-        tokens = tokenizer.encode(text)
+        ids = tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
-    tokens[:0] = tokenizer.begin_ids
-    if tokenizer.eos_id is not None:
-        tokens.append(tokenizer.eos_id)
-    return Sample(tokens, [True] * len(tokens), spelt_remarks((text,), tokenizer))
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    tokens = [*tokenizer.begin_ids, *ids, *end]
+    return Sample(tokens, [True] * len(tokens), spelt_remarks((text,), set(ids), tokenizer.special))

@@ -99,10 +99,10 @@ def _message(value: Any, column: str, where: str) -> Message:
 
 def _tool_calls(message: Message, where: str) -> list[dict[str, Any]]:
     calls = from_json(message.get("tool_calls", []), what=f"{where}: tool_calls")
-    if "function_call" in message:
-        calls = [{"type": "function", "function": message["function_call"]}, *calls]
     if not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls must be a list, not {described(calls)}")
+    if "function_call" in message:
+        calls = [{"type": "function", "function": message["function_call"]}, *calls]
     return [_tool_call(call, where) for call in calls]
 
 
