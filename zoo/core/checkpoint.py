@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from zoo.core.checksums import Checksums, Sum, SummingStream, sum_of
-from zoo.core.errors import DataError
-from zoo.core.finished import PROGRESS, claimed_steps, finished_steps, flaw, read_progress, set_aside
+from zoo.core.checksums import NAME as CHECKSUMS, Checksums, Sum, SummingStream, sum_of
+from zoo.core.errors import DataError, one_line
+from zoo.core.finished import PROGRESS, claimed_steps, finished_steps, flaw, read_progress, set_aside, unclaimed
 from zoo.core.step import TrainState
 from zoo.core.verify import check_among_ranks, on_rank_zero
 
@@ -86,7 +86,7 @@ class Checkpoints:
             sums = _save_state(tensors, unfinished / "state", group)
             on_rank_zero(lambda: self._finish(unfinished, final, progress, hub_files(), sums), group)
         except CheckpointException as error:
-            reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+            reason = _reason(error)
         except DataError as error:
             reason = str(error)
         else:
@@ -108,7 +108,7 @@ class Checkpoints:
             if steps and self._latest.resolve().name != f"step-{steps[-1]}":
                 self._link(self.path(steps[-1]))
             self._sweep()
-            return notes
+            return notes + [f"{path} is no checkpoint, for it has no {PROGRESS}" for path in unclaimed(self.root)]
         return []
 
     def make_way(self, step: int) -> list[str]:
@@ -202,17 +202,14 @@ def load(state: TrainState, path: Path) -> None:
     The checkpoint is read whole and compared with its checksums before anything is filled.
     """
     check_among_ranks(path)
+    on_rank_zero(lambda: _check_metadata(path))
     tensors = tensors_of(state)
     settings = {name: value for name, value in tensors.items() if name.startswith("optim.param_groups.")}
     tensors = {name: value for name, value in tensors.items() if name not in settings}
     try:
         dcp_load(tensors, checkpoint_id=path / "state")
-    except (CheckpointException, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{path} cannot be resumed from: {reason}. It was saved for another model, or is damaged; "
-            f"--resume never --out elsewhere starts afresh"
-        ) from None
+    except CheckpointException as error:
+        raise _unloadable(path, _reason(error)) from None
     optimizer = {k.removeprefix("optim."): v for k, v in (settings | tensors).items() if k.startswith("optim.")}
     set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=_FLAT)
     state.step = int(read_progress(path)["step"])
@@ -255,6 +252,30 @@ class _SummingFiles(FileSystem):
         self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
 
 
+def _check_metadata(path: Path) -> None:
+    """Raise DataError if the metadata of a state cannot be read, which torch would tell in many lines."""
+    try:
+        FileSystemReader(path / "state").read_metadata()
+    except Exception as error:
+        raise _unloadable(path, f"{path / 'state' / '.metadata'}: {one_line(error)}") from None
+
+
+def _unloadable(path: Path, reason: str) -> DataError:
+    """The error about a state that torch does not load although nothing is known to be wrong with its files."""
+    if (path / CHECKSUMS).exists():
+        return DataError(f"{path} cannot be resumed from: {reason}. It was saved for another model; give another --out")
+    return DataError(
+        f"{path} cannot be resumed from: {reason}. It was saved for another model, or is damaged, for it has no "
+        f"checksums; mv {path} {path}.aside goes back to the checkpoint before it, another --out starts afresh"
+    )
+
+
+def _reason(error: CheckpointException) -> str:
+    """What was wrong on ranks, each thing once, in a line."""
+    reasons = sorted({str(failure[0]) for failure in error.failures.values()})
+    return " ".join("; ".join(reasons).split())[:300]
+
+
 def _make_empty(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -284,6 +305,11 @@ def _sync_tree(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Delete a link, a file or a folder, as far as it can be."""
     if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        # What is left may be a copy of what was read-only.
+        for folder, _, _ in os.walk(path):
+            with contextlib.suppress(OSError):
+                os.chmod(folder, 0o700)
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

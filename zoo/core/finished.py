@@ -62,6 +62,11 @@ def claimed_steps(root: Path) -> list[int]:
     return sorted(step for step, path in found if step is not None and is_claimed(path))
 
 
+def unclaimed(root: Path) -> list[Path]:
+    """Return what is named as a checkpoint and never was one."""
+    return [path for path in sorted(root.iterdir()) if _step_of(path) is not None and not is_claimed(path)]
+
+
 def finished_steps(root: Path) -> list[int]:
     """Return the steps, ascending, of the finished checkpoints."""
     return [step for step in claimed_steps(root) if flaw(root / f"step-{step}") is None]

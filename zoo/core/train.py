@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -362,8 +364,7 @@ def _alone_in(run: Path) -> IO[str]:
 
     The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("a")
+    file = _lock_file(run)
     taken = [False]
     if dist.get_rank() == 0:
         try:
@@ -374,6 +375,24 @@ def _alone_in(run: Path) -> IO[str]:
     if taken[0]:
         raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
     return file
+
+
+def _lock_file(run: Path) -> IO[str]:
+    """Make the run directory and open its lock. Raises UsageError where nothing can be written."""
+    checkpoints = run / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run, checkpoints):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        lock = run / ".lock"
+        # In a copy it may be read-only or somebody else's; it is locked all the same.
+        return lock.open("r" if lock.exists() and not os.access(lock, os.W_OK) else "a")
+    except OSError as error:
+        raise UsageError(
+            f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
+            f"(chmod -R u+w {run}), or give another --out"
+        ) from None
 
 
 def _same_plugins(plugins: Plugins) -> None:
@@ -392,6 +411,8 @@ def _same_plugins(plugins: Plugins) -> None:
 def _voice(run: _Run, registry: Registry) -> Voice:
     """The voice of rank 0; leaves config.yaml on the way."""
     job = run.prepared.job
-    (run.path / "config.yaml").write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh = run.path / ".config.yaml.new"
+    fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh.replace(run.path / "config.yaml")
     trackers = [registry.trackers.load(name)(run.path) for name in job.log.track]
     return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)
