@@ -199,6 +199,15 @@ def rate(steps, *, warmup=None, decay="cosine", final=0.1):
     return share
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors here are too small for more, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """family -> a checkpoint as transformers writes it, with a tokenizer."""
@@ -240,7 +249,7 @@ def run(folder, out, data, steps, changes, monkeypatch):
     """`zoo finetune` to so many steps; the rows it took."""
     settings = {f"optim.{name}": value for name, value in FIRST.items()} | changes
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    words += ["--from", folder, "--data", data, "--seq", SEQ, "--global-batch", BATCH, "--dtype", "float64"]
+    words += ["--set", "log.peak_tflops=1", "--from", folder, "--data", data, "--seq", SEQ, "--global-batch", BATCH, "--dtype", "float64"]
     with taken(monkeypatch) as rows:
         family = json.loads((folder / "config.json").read_text())["model_type"]
         name = next(name for name, model_type in MODELING.items() if model_type == family)
