@@ -24,7 +24,7 @@ LAUNCHER = "ZOO_LAUNCHER"
 STATUS_FILE = "ZOO_STATUS_FILE"
 """Environment variable: a file that a rank leaves 75 in, for a launcher that cannot return it."""
 STOP_FILE = "ZOO_STOP_FILE"
-"""Environment variable: a file that exists once a run was asked to stop, for starts that could not hear a signal yet."""
+"""Environment variable: a file that exists once a run was asked to stop, for starts that could not hear it yet."""
 
 
 def wishes() -> tuple[signal.Signals, ...]:
