@@ -101,7 +101,8 @@ def test_ranks_that_read_no_data_need_not_have_the_same(tmp_path, corpora):
 
 def test_other_weights_are_noticed(tmp_path):
     source = next(iter(zoo.models.llama3.__path__)) + "/tiny"
-    copy = shutil.copytree(source, tmp_path / "copy")
+    # Of the same name, for recipes go by it.
+    copy = shutil.copytree(source, tmp_path / "copy" / "tiny")
     weights = load_file(copy / "model.safetensors")
     save_file({name: w * 1.5 for name, w in weights.items()}, copy / "model.safetensors", {"format": "pt"})
     words = (*JOB, "--out", tmp_path / "run", "--data", "stdlib", "--from")
