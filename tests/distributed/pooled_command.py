@@ -1,8 +1,8 @@
 """`zoo finetune` whose ranks are processes of the pool: all of the command but the start of interpreters.
 
 Argument parsing, plugins, job, preparation, launcher, the folder it talks through, what a worker process runs, process
-groups, training, metrics, saves and the launcher's verdict are the command's own. Only torch's elastic agent, which
-starts a process a rank and waits for them, has a stand-in that hands the same module and folder to ranks that run.
+groups, training, metrics, saves and the launcher's verdict are the command's own. Only what starts a process a rank and
+waits for them has a stand-in, which hands the same work and folder to ranks that run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.distributed import ranks
 from tests.layout_commands import untimed
 from zoo.cli.main import main
 from zoo.core import launch, worker
 from zoo.core.metrics import read_metrics
+from zoo.core.watchdog import WatchedHeart
 
 
 def train(out, *args):
@@ -67,29 +67,34 @@ def _ranks_of_the_pool():
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with (
         mock.patch.dict(os.environ, environment, clear=True),
-        mock.patch.object(launch, "elastic_launch", _PooledAgent),
+        mock.patch.object(launch, "RankProcesses", _PooledRanks),
     ):
         yield
 
 
-class _PooledAgent:
-    """In the place of `elastic_launch(config, program)(*arguments)`."""
+class _PooledRanks:
+    """In the place of `RankProcesses`."""
 
-    def __init__(self, config, _program):
-        self._world = config.nproc_per_node
-
-    def __call__(self, *words):
-        *_, target, folder = words
+    def __init__(self, command, num_ranks, _environment):
+        *_, target, self._folder = command
         assert target == launch.TRAINING.target
-        # As the agent does it: the store is the launcher's, on a port that the system chose.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._num_ranks = num_ranks
+
+    def __enter__(self):
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait(self, given_up):
         try:
-            ranks.run(self._world, _be_a_worker, folder, store.port, group=False)
+            ranks.run(self._num_ranks, _be_a_worker, self._folder, self._store.port, group=False)
         except ranks.RankError:
             # The first rank that fails ends all others; which it was is in the folder.
-            left = [int(path.stem) for path in Path(folder).glob("[0-9]*.error")] or [0]
-            failures = {rank: ProcessFailure(rank, 0, 1, "<none>") for rank in left}
-            raise ChildFailedError(target, failures) from None
+            left = [int(path.stem) for path in Path(self._folder).glob("[0-9]*.error")] or [0]
+            return dict.fromkeys(left, 1)
+        return {}
 
 
 def _be_a_worker(folder, port):
@@ -100,4 +105,5 @@ def _be_a_worker(folder, port):
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RUN_ID=folder,
     )
-    assert worker.answer(worker.train_as_asked, Path(folder)) == 0
+    heart = WatchedHeart(Path(folder), int(os.environ["RANK"]))
+    assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0

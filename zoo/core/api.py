@@ -17,11 +17,11 @@ from zoo.core.agreement import agreed
 from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
-from zoo.core.errors import UsageError, ZooError, one_line
+from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
 from zoo.core.job import Job
-from zoo.core.launch import TRAINING, WorkerDied, launch, quiet_launcher
+from zoo.core.launch import TRAINING, WorkerDied, launch
 from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
@@ -32,16 +32,15 @@ from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.traffic_report import Report, report
-from zoo.core.train import train, train_prepared
+from zoo.core.train import joined, train, train_prepared
 from zoo.core.units import format_count
-from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart, LoneHeart
-from zoo.core.world import lost_touch, process_group
+from zoo.core.watchdog import Heart, Limits, LoneHeart
+from zoo.core.world import lost_touch
 
 if TYPE_CHECKING:
     from torch import nn
 
 _BUSY = threading.Lock()
-_FOREVER_S = 1e8
 
 
 def load(path: str | Path, dtype: str | None = None, device: str | None = None) -> nn.Module:
@@ -125,7 +124,6 @@ def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
     if ranks == 1:
         return train(job, plugins, Heart())
-    quiet_launcher()
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
@@ -143,13 +141,10 @@ def _joined(
     Ranks meet before anything is decided, so that what one of them must refuse is refused by all.
     """
     registry = Registry(plugins)
-    timeout_s = _timeout(registry, model, flags)
     try:
-        with (
-            LoneHeart(outer.rank, timeout_s) as heart,
-            process_group(timeout_s or DEFAULT_TIMEOUT_S) as device,
-        ):
+        with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
             prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
+            heart.expects(Limits.of(prepared.job.layout.timeout))
             say = say if outer.rank == 0 else lambda _line: None
             for line in head(prepared) if outer.rank == 0 else ():
                 say(line)
@@ -159,7 +154,7 @@ def _joined(
             if prepared.job.log.peak_tflops is None and accelerator_type():
                 peak = peak_tflops(prepared.setup.dtype, outer.world_size)
                 prepared = replace(prepared, job=prepared.job.replace("log", peak_tflops=peak))
-            return train_prepared(prepared, registry, heart, device)
+            return train_prepared(prepared, registry, signals, heart, device)
     except RuntimeError as error:
         if not lost_touch(error):
             raise
@@ -173,15 +168,6 @@ def _is_done(prepared: Prepared, say: Callable[[str], None]) -> bool:
     if done:
         say(f"{'done':<10}all {steps} steps already; --steps or --out for more")
     return done
-
-
-def _timeout(registry: Registry, model: str | None, flags: Mapping[str, Any]) -> float | None:
-    """Return `layout.timeout` as far as it makes sense; what is wrong with the job is said when ranks have met."""
-    try:
-        timeout_s = with_recipe(registry, *from_flags(model, flags)).layout.timeout
-    except ZooError:
-        return None
-    return timeout_s if timeout_s is not None and 0 < timeout_s < _FOREVER_S else None
 
 
 def layout(

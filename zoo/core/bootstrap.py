@@ -34,6 +34,7 @@ def main() -> None:
     stderr = os.dup(2)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
+    heart = importlib.import_module("zoo.core.rank_start").begin(folder)
     serve = importlib.import_module("zoo.core.worker").serve
     module, _, name = target.partition(":")
     work = getattr(importlib.import_module(module), name)
@@ -41,7 +42,8 @@ def main() -> None:
     os.dup2(stderr, 2)
     os.close(stderr)
     sys.stderr.write(said.read_text(errors="replace"))
-    serve(work, folder)
+    said.unlink()  # no last words any more
+    serve(work, folder, heart)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,7 @@ from zoo.core.errors import NumericsError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
+from zoo.core.launch import inside_launcher
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.numerics import first_of_ranks, traced
@@ -33,12 +34,12 @@ from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
 from zoo.core.saver import Saved, Saver
-from zoo.core.signals import StopSignals
+from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
 from zoo.core.step import TrainState, train_step
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.voice import FirstRankVoice, Voice
-from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
-from zoo.core.world import host_group, process_group
+from zoo.core.watchdog import Heart
+from zoo.core.world import any_rank, host_group, process_group
 
 
 def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
@@ -48,14 +49,26 @@ def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     and whatever is wrong with the job, its data or its checkpoint.
     """
     registry = Registry(plugins)
-    with process_group(job.layout.timeout or DEFAULT_TIMEOUT_S) as device:
+    with joined(heart) as (signals, device):
         prepared = agreed(lambda: prepare(job, registry, world_size=dist.get_world_size()), plugins)
-        return train_prepared(prepared, registry, heart, device)
+        return train_prepared(prepared, registry, signals, heart, device)
 
 
-def train_prepared(prepared: Prepared, registry: Registry, heart: Heart, device: torch.device) -> Path:
-    """Do as `train`, in a process group, with a job that is the same on all ranks."""
-    with determinism(prepared.job.model.deterministic), StopSignals() as signals, _alone_in(prepared.out):
+@contextlib.contextmanager
+def joined(heart: Heart) -> Iterator[tuple[StopSignals, torch.device]]:
+    """Join the other ranks, and hear signals; gives this rank's device too."""
+    heart.enters("joining the other ranks")
+    with StopSignals(alone=not inside_launcher()) as signals, process_group() as device:
+        heart.enters("reading the job")
+        yield signals, device
+
+
+def train_prepared(
+    prepared: Prepared, registry: Registry, signals: StopSignals, heart: Heart, device: torch.device
+) -> Path:
+    """Do as `train`, once ranks have joined, with a job that is the same on all of them."""
+    with determinism(prepared.job.model.deterministic), _alone_in(prepared.out):
+        heart.enters("building the model")
         run = _Run.build(prepared, registry, device)
         voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
         try:
@@ -127,7 +140,7 @@ class _Run:
             windows=prepared.windows,
             steps=job.schedule.steps - state.step,
         )
-        saver = Saver(checkpoints, host_group(job.layout.timeout or DEFAULT_TIMEOUT_S))
+        saver = Saver(checkpoints, host_group())
         return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position)
 
     def step(self) -> Pending:
@@ -190,13 +203,14 @@ class _Run:
 
 def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
+    _begin(run, signals, heart)
     voice.started()
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
         run.meter.add(run.step())
         step = run.state.step
-        stopping = signals.any_rank_asked()
+        stopping = any_rank(signals.asked)
         last = step == job.schedule.steps
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
@@ -210,6 +224,19 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
 
 
+def _begin(run: _Run, signals: StopSignals, heart: Heart) -> None:
+    """Wait until every rank has its first data, the end of the start. Raises SavedOnSignal on all if one was asked.
+
+    All wait once before signals are left to `signals`: a rank that a signal ends then leaves none in its first step.
+    """
+    heart.enters("reading the first data")
+    run.feed.ready()
+    any_rank(signals.asked)
+    start_is_over()
+    if any_rank(signals.asked) and run.state.step < run.prepared.job.schedule.steps:
+        raise SavedOnSignal(NOTHING_YET)
+
+
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
     """The error with the module it began in: from the last checkpoint on the steps are computed again; collective.
 
@@ -218,6 +245,7 @@ def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, h
     own = run.checkpoints.steps()
     kept = f"step-{own[-1]} is intact" if own else "there was no checkpoint yet"
     voice.noted(f"{error}; computing from step {own[-1] if own else run.first_step} on again, to find the module")
+    heart.enters("computing again, to find the module")
     run.feed.drain()
     del run.state  # to make room
     gc.collect()
