@@ -34,7 +34,7 @@ def turn_end(tokenizer: Tokenizer) -> TurnEnd | None:
     for probe in _PROBES:
         try:
             text = tokenizer.render(probe)
-            ids, starts = tokenizer.encode_rendered(text)
+            ids, places = tokenizer.encode_rendered(text)
         except DataError as error:
             why = why or str(error)
             continue
@@ -43,7 +43,7 @@ def turn_end(tokenizer: Tokenizer) -> TurnEnd | None:
             return TurnEnd(None, "the chat template leaves out what the assistant says")
         special = set(tokenizer.special.values())
         # What comes first is the end; a template may write more after it.
-        found = next((id for id, start in zip(ids, starts, strict=True) if start >= end and id in special), None)
+        found = next((id for id, (start, _) in zip(ids, places, strict=True) if start >= end and id in special), None)
         written = f"only {text[end:]!r:.60}" if text[end:].strip() else "nothing"
         return TurnEnd(found, "" if found is not None else f"the chat template writes {written} after an answer")
     return TurnEnd(None, why)
