@@ -61,7 +61,7 @@ def checkpoint(tmp_path):
             2,
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
-        (("llama3", "--set", "model.attention_dropout=0.1"), 5, ["attention_dropout is 0.1", "write 0"]),
+        (("llama3", "--set", "model.attention_dropout=0.1"), 2, ["attention_dropout is 0.1", "write 0"]),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
         (("llama3", "--tp", "3"), 2, ["--tp 3", "4 query heads", "--tp 1 or --tp 2"]),
         (
@@ -82,7 +82,7 @@ def checkpoint(tmp_path):
         (("llama3", "--overlong", "cut"), 2, ["data.overlong", "cut", "error, split, truncate, drop"]),
         (("llama3", "--dtype", "int8"), 2, ["int8", "float32"]),
         (("llama3", "--global-batch", "3", "--dp-shard", "2"), 2, ["--global-batch 3", "2 data-parallel", "nearest"]),
-        (("llama3", "--steps", "0"), 2, ["schedule.steps is 0", "at least 1"]),
+        (("llama3", "--steps", "0"), 2, ["schedule.steps (--steps): 0", "at least 1"]),
         (("llama3", "--resume", "nowhere"), 2, ["nowhere", "neither a run nor a checkpoint"]),
         ((), 2, ["which model?", "zoo models"]),
     ],

@@ -58,7 +58,7 @@ class DataSection:
 class OptimSection:
     """AdamW and clipping."""
 
-    lr: float = number(2e-5, Span(0, 100), usual=Span(1e-8, 0.1))
+    lr: float = number(2e-5, Span(0, 1e38), usual=Span(1e-8, 0.1))
     beta1: float = number(0.9, Span(0, 1, below=True))
     beta2: float = number(0.95, Span(0, 1, below=True))
     eps: float = number(1e-8, Span(0, 1, above=True), usual=Span(1e-20, 1e-3))
