@@ -68,6 +68,8 @@ def preview(session: Session, /, path: str, row: int, count: int, **options: Any
         document = samples(record)
         kinds = f"{samples.format_of(record)}, {len(document.tokens):,} tokens, {document.num_trained:,} trained"
         click.echo(f"--- {record.where}: {kinds}")
+        for remark in document.remarks:
+            click.echo(f"warning: {remark.kind}: {remark.place}".rstrip(": "))
         click.echo(_painted(document, samples.tokenizer, colour=sys.stdout.isatty()))
         shown += 1
     if not shown:
