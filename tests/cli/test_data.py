@@ -94,6 +94,14 @@ def test_what_is_odd_is_a_warning_with_its_first_places_and_status_0(zoo, folder
     assert out.count(">>>yes<|eot_id|><<<") == 2
 
 
+def test_what_is_odd_about_the_tokenizer_is_said(zoo, folder):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+    status, out, _ = zoo("check", "good.jsonl")
+    assert status == 0
+    assert "names no eos token: texts and completions end without one" in out
+
+
 def test_a_sample_in_which_only_other_roles_speak_says_so(zoo, folder):
     (folder / "gpt.jsonl").write_text(json.dumps({"messages": [ASKED, {**SAID, "role": "gpt"}]}))
     status, out, _ = zoo("check", "gpt.jsonl")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenizers import Tokenizer as Backend
 
@@ -59,7 +61,18 @@ def has_vocabulary(path: Path) -> bool:
     return any((path / name).is_file() for name in VOCABULARIES)
 
 
-def load_pretrained(path: Path) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A directory's tokenizer, and its special tokens as the files define them."""
+
+    pretrained: PreTrainedTokenizerFast
+    named: Mapping[str, str]
+    """Special tokens that have a name (`bos_token`, `sep_token`), by it."""
+    undefined: frozenset[str]
+    """Tokens that the class names and no file defines. transformers gives them ids behind the vocabulary."""
+
+
+def load_pretrained(path: Path) -> Loaded:
     """Load what transformers' AutoTokenizer loads. Nothing leaves the machine and no code of the directory runs.
 
     Raises DataError naming the directory, and the file where one is at fault.
@@ -72,17 +85,14 @@ def load_pretrained(path: Path) -> PreTrainedTokenizerFast:
         except BaseException as error:  # a panic of the Rust library is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            reason = one_line(error)
-            _check_readable(path)
-            _check_packages(path)
-        else:
-            _check_fast(loaded, path)
-            _check_names(loaded, path, said)
-            return loaded
-    raise DataError(
-        f"{path}: transformers cannot load this tokenizer: {reason}; "
-        "copy its files again from the checkpoint they belong to, or give another directory with --from DIR"
-    )
+            _explain(error, path)
+    _check_fast(loaded, path)
+    named = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
+    undefined = {name for name, text in named.items() if not _is_defined(text, loaded, path, said[CONFIG])}
+    for name in sorted(undefined & set(NAMES)):
+        _check_name(name, loaded, path, said)
+    defined = {name: text for name, text in named.items() if name not in undefined}
+    return Loaded(loaded, defined, frozenset(named[name] for name in undefined))
 
 
 def _loaded(path: Path, said: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -119,28 +129,38 @@ def _check_vocabulary(path: Path) -> None:
         )
 
 
-def _check_readable(path: Path) -> None:
-    """Raise DataError naming the file if one of the directory's text files cannot be what it must be."""
+def _explain(error: BaseException, path: Path) -> NoReturn:
+    """Raise DataError for what made transformers fail: a broken file, a package that is not there, or what it says."""
     for name in tokenizer_files(path):
         if name.endswith((".json", ".jinja")):
             read_text(path / name, hint="copy it again from the checkpoint it belongs to")
     if (path / TOKENIZER).is_file():
         try:
             Backend.from_file(str(path / TOKENIZER))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path / TOKENIZER} is not a tokenizer: {one_line(error)}") from None
-
-
-def _check_packages(path: Path) -> None:
-    """Raise DataError naming the packages that a vocabulary without tokenizer.json needs and this machine lacks."""
-    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
-    missing = [name for name, module in packages.items() if not _installed(module)]
-    if not (path / TOKENIZER).is_file() and missing:
-        found = next(name for name in VOCABULARIES if (path / name).is_file())
+        except Exception as cause:  # the library raises bare Exception
+            raise DataError(f"{path / TOKENIZER} is not a tokenizer: {one_line(cause)}") from None
+    elif missing := [name for name in _packages(path) if not _installed(_MODULES[name])]:
         raise DataError(
-            f"{path} has {found} and no tokenizer.json, which transformers converts with packages that are not "
-            f"installed here: pip install {' '.join(missing)}"
+            f"{path} has no tokenizer.json, and transformers converts the vocabulary that it has with packages that "
+            f"are not installed here: pip install {' '.join(missing)}"
         )
+    raise DataError(
+        f"{path}: transformers cannot load this tokenizer: {one_line(error)[:300]}; "
+        "copy its files again from the checkpoint they belong to, or give another directory with --from DIR"
+    ) from None
+
+
+_MODULES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
+
+
+def _packages(path: Path) -> tuple[str, ...]:
+    """Return the packages that a vocabulary without tokenizer.json is converted with."""
+    file = next((path / name for name in VOCABULARIES if name.endswith(".model") and (path / name).is_file()), None)
+    if file is None:
+        return ()
+    with file.open("rb") as opened:
+        is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", opened.read(1000))
+    return ("tiktoken",) if is_tiktoken else ("sentencepiece", "protobuf")
 
 
 def _installed(module: str) -> bool:
@@ -158,23 +178,21 @@ def _check_fast(loaded: Any, path: Path) -> None:
         )
 
 
-def _check_names(loaded: Any, path: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise DataError for a special token that a file names and none defines.
+def _check_name(name: str, loaded: Any, path: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise DataError for a special token that a file names and none defines, and for a bos or eos of the class.
 
-    transformers gives it the next free id: a row of the embedding that nothing ever trained, or none at all.
+    transformers gives it the next free id: a row of the embedding that nothing ever trained, or none at all. What else
+    a class names (`<unk>`) nothing writes.
     """
-    for name in NAMES:
-        content = loaded.special_tokens_map.get(name)
-        if not isinstance(content, str) or _is_defined(content, loaded, path, said[CONFIG]):
-            continue
-        files = [file for file in (CONFIG, SPECIAL_TOKENS) if token_content(said[file].get(name)) == content]
-        if not files and name not in ("bos_token", "eos_token"):
-            continue  # the class's default for something that nothing writes
-        where = str(path / files[0]) if files else f"{path}: the class {type(loaded).__name__}"
-        id = said["config.json"].get(f"{name}_id")
-        known = loaded.convert_ids_to_tokens(id) if isinstance(id, int) else None
-        hint = f"config.json says {id}, which is {known!r}" if known else "name one of the vocabulary's"
-        raise DataError(f"{where} names {name} {content!r}, which has no id in any file of the directory; {hint}")
+    content = loaded.special_tokens_map[name]
+    files = [file for file in (CONFIG, SPECIAL_TOKENS) if token_content(said[file].get(name)) == content]
+    if not files and name not in ("bos_token", "eos_token"):
+        return
+    where = str(path / files[0]) if files else f"{path}: the class {type(loaded).__name__}"
+    id = said["config.json"].get(f"{name}_id")
+    known = loaded.convert_ids_to_tokens(id) if isinstance(id, int) and not isinstance(id, bool) else None
+    hint = f"config.json says {id}, which is {known!r}" if known else f"set {name} to one that tokenizer.json has"
+    raise DataError(f"{where} names {name} {content!r}, which no file of the directory gives an id; {hint}")
 
 
 def _is_defined(content: str, loaded: Any, path: Path, config: Mapping[str, Any]) -> bool:

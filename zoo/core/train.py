@@ -189,10 +189,7 @@ class _Run:
 def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     voice.started()
-    ahead = run.feed.ahead()
-    if ahead is not None:
-        # Before the first step: what is wrong with the data need not cost one.
-        voice.noted(run.rows_read(ahead))
+    _say_what_is_read(run, voice)
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
@@ -210,6 +207,16 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
+
+
+def _say_what_is_read(run: _Run, voice: Voice) -> None:
+    """Say before the first step what became of its samples: what is wrong with the data need not cost a step."""
+    ahead = run.feed.ahead() if run.stream is not None else None
+    if run.stream is None or ahead is None:
+        return
+    for note in run.stream.notes:
+        voice.noted(f"{'warning':<10}{note}")
+    voice.noted(run.rows_read(ahead))
 
 
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
