@@ -50,8 +50,12 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check(session: Session, /, path: str, seq: str, as_json: bool, **options: Any) -> None:
     """Read all of PATH and count: formats, lengths, trained tokens; name what cannot be used (then exit status 5)."""
     length = parse_tokens(seq)
-    found = survey(open_source(session.registry, path), _samples(session.registry, **options), seq=length)
-    click.echo(json.dumps(_as_json(found), indent=2) if as_json else "\n".join(_lines(found, length)))
+    samples = _samples(session.registry, **options)
+    found = survey(open_source(session.registry, path), samples, seq=length)
+    notes = samples.tokenizer.notes
+    said = _as_json(found) | {"notes": list(notes)}
+    lines = [*_lines(found, length), *(f"warning   {note}" for note in notes)]
+    click.echo(json.dumps(said, indent=2) if as_json else "\n".join(lines))
     bad = found.broken.count + found.untrained.count
     if bad or not found.tokens:
         raise DataError(f"{path}: {bad} samples cannot be used" if bad else f"{path}: no sample has any text")
@@ -70,6 +74,8 @@ def preview(session: Session, /, path: str, row: int, count: int, **options: Any
         document = samples(record)
         kinds = f"{samples.format_of(record)}, {len(document.tokens):,} tokens, {document.num_trained:,} trained"
         click.echo(f"--- {record.where}: {kinds}")
+        for remark in document.remarks:
+            click.echo(f"warning: {remark.kind}: {remark.place}".rstrip(": "))
         click.echo(_painted(document, samples.tokenizer, colour=sys.stdout.isatty()))
         shown += 1
     if not shown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -40,11 +40,13 @@ class RowStream:
         pad: int = 0,
         options: Mapping[str, Any] | None = None,
         name: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
         """`options` is what else decides about tokens; a resumed run must have the same. JSON values.
 
-        `name` is what the user calls the corpus, for error messages.
+        `name` is what the user calls the corpus, for error messages; `notes` is what a run says before it reads rows.
         """
+        self.notes = tuple(notes)
         self.seq = seq
         self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name)
         self._pad = pad
@@ -155,7 +157,16 @@ def open_rows(
         "overlong": overlong or "by format",
         "loss-on": loss_on,
     }
-    return RowStream(source, samples, seq=seq, seed=seed, pad=tokenizer.pad_id, options=options, name=data)
+    return RowStream(
+        source,
+        samples,
+        seq=seq,
+        seed=seed,
+        pad=tokenizer.pad_id,
+        options=options,
+        name=data,
+        notes=tokenizer.notes,
+    )
 
 
 def open_source(registry: Registry, data: str) -> DataSource:

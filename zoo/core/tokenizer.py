@@ -100,8 +100,8 @@ class Tokenizer:
         check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, places = without_guards(_encoding(self.plain, text), text)
-        cut = bisect_left(places, (len(first),))
+        ids, offsets = without_guards(_encoding(self.plain, text), text)
+        cut = bisect_left(offsets, (len(first),))
         return ids[:cut], ids[cut:]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

@@ -212,10 +212,7 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     _begin(run, signals, heart)
     voice.started()
-    ahead = run.feed.ahead()
-    if ahead is not None:
-        # Before the first step: what is wrong with the data need not cost one.
-        voice.noted(run.rows_read(ahead))
+    _say_what_is_read(run, voice)
     for note in run.notes:
         voice.noted(note)
     run.meter.restart_clock()
@@ -270,6 +267,16 @@ def _nothing_trained(job: Job) -> DataError:
         f"no token was trained in {job.schedule.steps} steps on {job.data.path}, so nothing was saved; "
         f"`zoo data check` shows what --loss-on {job.data.loss_on} leaves to train"
     )
+
+
+def _say_what_is_read(run: _Run, voice: Voice) -> None:
+    """Say before the first step what became of its samples: what is wrong with the data need not cost a step."""
+    ahead = run.feed.ahead() if run.stream is not None else None
+    if run.stream is None or ahead is None:
+        return
+    for note in run.stream.notes:
+        voice.noted(f"{'warning':<10}{note}")
+    voice.noted(run.rows_read(ahead))
 
 
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
