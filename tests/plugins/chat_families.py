@@ -98,15 +98,15 @@ def template_of(name: str, *, marked: bool = False) -> str:
     return text
 
 
-def write_family(folder: Path, name: str, *, template: str | None = None) -> Path:
-    """Write a tokenizer's directory with the markers of a family and its template, or another."""
-    family = FAMILIES[name]
+def write_family(folder: Path, name: str, family: Family | None = None) -> Path:
+    """Write a tokenizer's directory with a family's template and its markers, or others."""
+    family = family or FAMILIES[name]
     path = write_tokenizer(folder, family.base)
     backend = Backend.from_file(str(path / "tokenizer.json"))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.flagged])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.unflagged])
     backend.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": family.bos, "eos_token": family.eos}
-    config["chat_template"] = template_of(name) if template is None else template
+    config["chat_template"] = template_of(name)
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

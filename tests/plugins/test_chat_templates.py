@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -145,3 +146,28 @@ def test_a_conversation_is_what_transformers_makes_of_it(loaded, name, title):
     assert list(sample.tokens) == ids
     assert list(sample.trained) == mask
     assert {(one.kind, one.place) for one in sample.remarks if one.kind in KINDS.values()} == dropped(messages, text)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen25", "qwen3", "gemma"])
+@pytest.mark.parametrize("eos", ["of the turn", "of the text"])
+def test_the_newline_after_a_turn_is_not_trained_whatever_the_tokens_are_flagged(tmp_path, name, eos):
+    """Markers that no file flags as special, and an end of turn that is not eos."""
+    family = FAMILIES[name]
+    others = {"gemma": "<eos>"}.get(name, "<|endoftext|>")
+    ends = {"gemma": "<end_of_turn>"}.get(name, "<|im_end|>")
+    flags = tuple(token for token in family.flagged if token in (family.bos, others))
+    markers = tuple(token for token in family.flagged if token not in flags)
+    folder = write_family(
+        tmp_path,
+        name,
+        replace(
+            family, eos=ends if eos == "of the turn" else others, flagged=flags, unflagged=(*markers, *family.unflagged)
+        ),
+    )
+    ours, theirs = Tokenizer.from_directory(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    _, ids, mask = oracle(theirs, name, SEVERAL, None)
+    sample = messages_sample(Record({"messages": SEVERAL}, "a:1"), ours, loss_on="assistant")
+    assert (list(sample.tokens), list(sample.trained)) == (ids, mask)
+    after = [ids[i + 1] for i in range(len(ids) - 1) if mask[i] and not mask[i + 1]]
+    assert ours.decode(after).strip() == ""
+    assert ours.decode([id for id, one in zip(ids, mask, strict=True) if one]).count(ends) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class Conversation:
         spelt = spelt_in_turns(_texts(self.messages), text, self.tokenizer.special)
         if spelt:
             yield Remark("conversations that spell out special tokens, which stay characters", " ".join(spelt))
-        missing = lacking(text, [start for start, _ in offsets], besides=spelt)
+        missing = lacking(text, offsets, besides=spelt)
         if missing:
             yield Remark(
                 "conversations in which the chat template writes markers that the vocabulary lacks, so that they are "
@@ -127,18 +128,18 @@ def template_variables(record: Record) -> dict[str, Any]:
 
 
 def inside(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], *, special: set[int]) -> list[bool]:
-    """Whether each token of a text holds a character of one of the ascending spans.
+    """Whether each token of a text holds a character of one of the spans.
 
     A token in which the end of a header and the beginning of an answer merge is trained: no other says that beginning.
     A special token is not, though it may swallow white space of the answer: it is the header's.
     """
-    result = []
-    at = 0
-    for id, (start, stop) in zip(ids, offsets, strict=True):
-        while at < len(spans) and start >= spans[at][1]:
-            at += 1
-        begin = spans[at][0] if at < len(spans) else None
-        result.append(begin is not None and (begin <= start or (begin < stop and id not in special)))
+    result = [False] * len(ids)
+    for begin, end in spans:
+        first, after = bisect_left(offsets, (begin,)), bisect_left(offsets, (end,))
+        result[first:after] = [True] * (after - first)
+        while begin < end and first > 0 and offsets[first - 1][1] > begin:
+            first -= 1
+            result[first] = result[first] or ids[first] not in special
     return result
 
 

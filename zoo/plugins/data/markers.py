@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -40,10 +40,10 @@ def spelt_remarks(texts: Iterable[str], ids: Collection[int], special: Mapping[s
     return [Remark(kind, " ".join(found))] if found else []
 
 
-def lacking(text: str, starts: Sequence[int], *, besides: Collection[str]) -> list[str]:
+def lacking(text: str, offsets: Sequence[tuple[int, int]], *, besides: Collection[str]) -> list[str]:
     """Return the markers in a rendered conversation that became several tokens, but for those in `besides`.
 
-    `starts` says where each token begins.
+    `offsets` says where each token begins and stops.
     """
     first: dict[str, int] = {}
     for match in _SHAPED.finditer(text):
@@ -51,7 +51,7 @@ def lacking(text: str, starts: Sequence[int], *, besides: Collection[str]) -> li
     return [
         marker
         for marker, at in first.items()
-        if marker not in besides and bisect_right(starts, at) < bisect_left(starts, at + len(marker))
+        if marker not in besides and bisect_left(offsets, (at + 1,)) < bisect_left(offsets, (at + len(marker),))
     ]
 
 
