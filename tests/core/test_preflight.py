@@ -119,7 +119,24 @@ def other_shape(folder):
     return 5, ["--set", "model.intermediate_size=512"], ["[256, 128] and not [512, 128]"]
 
 
-WRONG = [no_template, broken_template, broken_tokenizer, unknown_format, no_such_run, lost_tensor, other_shape]
+def other_columns(folder):
+    (folder / "d.jsonl").write_text('{"txet": "a"}\n')
+    return 5, ["--data", folder / "d.jsonl"], ["d.jsonl:1", "columns (txet) fit no data format"]
+
+
+def refusing_template(folder):
+    (folder / "d.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
+    (folder / "t.jinja").write_text("{{ raise_exception('a user first') }}")
+    return 5, ["--data", folder / "d.jsonl", "--chat-template", folder / "t.jinja"], ["d.jsonl:1", "a user first"]
+
+
+def no_samples(folder):
+    (folder / "d.jsonl").write_text("\n")
+    return 5, ["--data", folder / "d.jsonl"], ["d.jsonl"]
+
+
+WRONG = [other_columns, refusing_template, no_samples]
+WRONG += [no_template, broken_template, broken_tokenizer, unknown_format, no_such_run, lost_tensor, other_shape]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
