@@ -17,6 +17,7 @@ from zoo.core.companions import companion_names
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
 from zoo.core.inventory import MAX_TENSORS
+from zoo.core.tokenizer_files import TEMPLATES
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -62,6 +63,8 @@ def companions(path: Path) -> tuple[str, ...]:
         names = companion_names(path)
     except OSError as error:
         raise _unreadable(path, error) from None
+    if any("/" in name for name in names) and os.path.islink(path / TEMPLATES):
+        raise DataError(f"{path / TEMPLATES}: a link in place of a folder is not followed; put the folder itself there")
     for name in names:
         _check_companion(path / name)
     return names
