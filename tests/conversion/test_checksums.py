@@ -140,7 +140,8 @@ def test_a_damaged_newest_checkpoint_is_one_line_and_what_it_advises_works(run, 
         ("finetune", *JOB, "--data", text, "--from", run, "--out", tmp_path / "other"),
     ):
         line = said(capfd, *words)
-        assert "is damaged: " in line and "__0_0.distcp has CRC-32" in line, line
+        assert "is damaged: " in line
+        assert "__0_0.distcp has CRC-32" in line
         assert "the newest intact checkpoint is step-4: give " in line
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError) as error:
@@ -152,17 +153,11 @@ def test_a_damaged_newest_checkpoint_is_one_line_and_what_it_advises_works(run, 
     assert line.endswith(advice.replace("give ", "give --resume "))
     assert Checkpoints(run, keep=1).steps() == [2, 4, 6]
     # It is not "done" either, with a damaged last step in the way.
-    assert (
-        main(
-            [str(word) for word in ("finetune", *JOB, "--data", text, "--steps", "6", "--out", run, *line.split()[-2:])]
-        )
-        == 0
-    )
+    assert main([str(word) for word in (*job, "--steps", "6", *line.split()[-2:])]) == 0
     assert "step-6 is damaged and is now step-6.aside" in capfd.readouterr().err
     assert finished.damage(steps / "step-6") is None
-    assert (steps / "step-6/state/__0_0.distcp").read_bytes() == (
-        whole / "checkpoints/step-6/state/__0_0.distcp"
-    ).read_bytes()
+    state = "checkpoints/step-6/state/__0_0.distcp"
+    assert (run / state).read_bytes() == (whole / state).read_bytes()
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     # And the same command goes on now, without the flag.
     assert main([str(word) for word in job]) == 0
