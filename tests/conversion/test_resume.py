@@ -227,6 +227,7 @@ def test_verify_compares_both_sides_and_writes_nothing(checkpoint, tmp_path):
 def test_verify_compares_files_too(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out")
     (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "out" / "zoo-checksums.txt").unlink()  # else these find it first
     with pytest.raises(DataError, match="tokenizer_config.json differs"):
         compare(open_checked(str(checkpoint), REGISTRY), open_checked(str(tmp_path / "out"), REGISTRY))
 

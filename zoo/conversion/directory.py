@@ -13,9 +13,11 @@ from zoo.conversion.foreign import ADAPTER, adapter_refusal, check_quantised
 from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
-from zoo.core.companions import companion_names
+from zoo.core.checksums import Checksums
+from zoo.core.companions import companion_names, is_licence
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
+from zoo.core.finished import changed_directory
 from zoo.core.inventory import MAX_TENSORS
 from zoo.core.tokenizer_files import TEMPLATES
 
@@ -46,12 +48,13 @@ def open_directory(path: Path) -> HubCheckpoint:
         raise DataError(f"{path}: no such directory")
     if any(name in ADAPTER for name in _names(path)):
         raise adapter_refusal(path)
+    checksums = _checksums(path)
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
     _check_kind(path / CONFIG, config)
     check_quantised(path, config)
     # Code that comes with a checkpoint is never run, and must not be passed on either.
     config.pop("auto_map", None)
-    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path))
+    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path), checksums=checksums)
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -73,6 +76,24 @@ def companions(path: Path) -> tuple[str, ...]:
 def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[str, Any]:
     """A JSON object of bounded size. Raises DataError naming the file."""
     return parse_object(read_bounded(file, limit), f"{file}:", values=values, containers=_MAX_CONTAINERS)
+
+
+def _checksums(path: Path) -> Checksums | None:
+    """What zoo left of checksums when it wrote a directory; all but the tensors are compared. Raises DataError.
+
+    Files that are never read, as a README or a licence, may come and go.
+    """
+    found = Checksums.read(path)
+    if found is None:
+        return None
+    others = [name for name in companion_names(path) if not is_licence(name)]
+    weights = [name for name in _names(path) if name in (CONFIG, INDEX) or _SHARD.fullmatch(name)]
+    reason = found.misfit([*weights, *others])
+    small = [name for name in found.sums if not _SHARD.fullmatch(name) and found.sums[name].length <= MAX_COMPANION]
+    reason = reason or found.changed(small)
+    if reason:
+        raise changed_directory(path, reason)
+    return found
 
 
 def _names(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from zoo.conversion.progress import progress
 from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
+from zoo.core.checksums import Checksums, Sum, sum_of_file
 from zoo.core.companions import GENERATION
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
@@ -79,9 +80,11 @@ class HfConverter:
             progress(out.name, size) as tick,
         ):
             check_space(directory, size)
-            Stream(directory, source, journal, threads=threads or default_threads(), tick=tick).write(shards)
+            stream = Stream(directory, source, journal, threads=threads or default_threads(), tick=tick)
+            sums = stream.write(shards)
             _write_others(directory, spec.hub_config(config), files, outgoing, shards)
             _check_written(directory, outgoing)
+            _write_checksums(directory, sums)
 
 
 def _fingerprint(source: TensorSource, shards: Sequence[Shard]) -> str:
@@ -149,6 +152,13 @@ def _check_written(directory: Path, outgoing: Sequence[Outgoing]) -> None:
     wrong = [tensor.name for tensor in outgoing if written.dtype(tensor.name) != tensor.dtype]
     if wrong:
         raise DataError(f"{wrong[0]} reads back in another dtype than was written; check the disk and try again")
+
+
+def _write_checksums(directory: Path, shards: Mapping[str, Sum]) -> None:
+    """Of all files that were written. Those that are no shards are small, so they are read for it."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    others = [name for name in found if name not in shards and name != JOURNAL]
+    Checksums(directory, {**shards, **{name: sum_of_file(directory / name) for name in others}}).write()
 
 
 CONVERTER = HfConverter()

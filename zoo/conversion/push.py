@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
 from zoo.conversion.hub import LOGIN, hub_reason, is_hub_id
+from zoo.core.checksums import NAME as CHECKSUMS
 from zoo.core.companions import ADAPTER_CONFIG, is_companion, is_licence
 from zoo.core.errors import DataError, UsageError
 
@@ -41,7 +42,8 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
 
 
 def _commit(api: HfApi, directory: Path, repo: str, *, private: bool) -> str:
-    found = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    # The hub has checksums of its own, which follow what is changed there.
+    found = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != CHECKSUMS)
     files = {path.relative_to(directory).as_posix(): path for path in found}
     api.create_repo(repo, private=private or None, exist_ok=True)
     parent = _checked_parent(api, repo, files, private=private)

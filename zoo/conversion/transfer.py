@@ -13,6 +13,7 @@ from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
+from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, checked_book
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
@@ -62,6 +63,7 @@ def transfer(
     Raises UsageError or DataError.
     """
     started = time.perf_counter()
+    require_intact(opened.checkpoint, threads=threads)
     files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
     converter.export(
         opened.spec,
@@ -73,7 +75,7 @@ def transfer(
         shard_bytes=parse_size(shard_size),
         threads=threads,
     )
-    return _report(out, time.perf_counter() - started)
+    return _report(out, time.perf_counter() - started) + unchecked(opened.checkpoint)
 
 
 def written_dtype(opened: Opened, asked: str | None) -> str | None:
@@ -94,6 +96,12 @@ def written_dtype(opened: Opened, asked: str | None) -> str | None:
             f"--dtype {STORED} leaves each as it is"
         )
     return _WIDEST if opened.checkpoint.own_names and _TOO_WIDE in dtypes.values() else None
+
+
+def unchecked(checkpoint: HubCheckpoint) -> str:
+    """What to add of a run whose checkpoint could not be compared with anything."""
+    none = checkpoint.own_names and checkpoint.checksums is None
+    return f"; {checkpoint.path.parent} has no checksums, so it was read unchecked" if none else ""
 
 
 def _report(out: Path, seconds: float) -> str:

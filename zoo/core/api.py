@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.core import checkpoint, weights
+from zoo.core import finished, weights
 from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
@@ -45,6 +46,9 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     """
     registry = Registry(Plugins.load())
     opened = open_checkpoint(str(path), registry)
+    finished.require_intact(opened)
+    if opened.own_names and opened.checksums is None:
+        warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
     family = registry.match_checkpoint(opened.config)
     if family is None:
         raise UsageError(
@@ -96,7 +100,8 @@ def run(
     job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
     for line in head(prepared) if os.environ.get("RANK", "0") == "0" else ():
         say(line)
-    if checkpoint.finished(out, job.schedule.steps):
+    saved = finished.resume_point(out, job.checkpoint.resume)
+    if finished.is_done(saved, out, job.schedule.steps):
         say(f"{'done':<10}all {job.schedule.steps} steps already; --steps or --out for more")
         return out
     # On a CPU the peak is measured, which the ranks of an outer launcher would do all at once.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from zoo.core.checksums import Checksums
     from zoo.core.contracts import ModelSpec
     from zoo.core.tokenizer import Tokenizer
 
@@ -50,6 +51,8 @@ class HubCheckpoint:
     """Other files that belong to it (tokenizer, templates), by name."""
     own_names: bool = False
     """Whether the tensors are under the family's own names already, as in a run, so that its rules do not apply."""
+    checksums: Checksums | None = None
+    """Of its files, if whoever wrote it left any. Names, lengths and small files have been compared, weights not."""
 
 
 class Converter(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoo.core import checkpoint
+from zoo.core import finished
 from zoo.core.errors import DataError, UsageError
 from zoo.core.inventory import checked_book, meta_model
 from zoo.core.prepare import Prepared
@@ -17,13 +17,13 @@ def check_start(prepared: Prepared, registry: Registry) -> None:
 
     Nothing is computed, and one sample is read. Raises UsageError or DataError.
     """
-    saved = checkpoint.resume_point(prepared.out, prepared.job.checkpoint.resume)
+    saved = finished.resume_point(prepared.out, prepared.job.checkpoint.resume)
     if prepared.source is not None:
         checked_book(prepared.source, prepared.spec, prepared.config)
     stream = prepared.open_rows(registry)
     try:
         # A run that has all its steps is only said to be done, whatever became of its data.
-        if checkpoint.finished(prepared.out, prepared.job.schedule.steps):
+        if finished.is_done(saved, prepared.out, prepared.job.schedule.steps):
             return
         stream.check_first()
         if saved is not None:
@@ -34,7 +34,7 @@ def check_start(prepared: Prepared, registry: Registry) -> None:
 
 def checked_progress(saved: Path, prepared: Prepared) -> dict[str, Any]:
     """Return what a checkpoint says of itself, if this job can go on from it. Raises UsageError or DataError."""
-    progress = checkpoint.read_progress(saved)
+    progress = finished.resumable_progress(saved)
     for key, now in (("seq", prepared.job.data.seq), ("global_batch", prepared.global_batch)):
         if progress[key] != now:
             raise UsageError(

@@ -41,7 +41,10 @@ class Origin:
 
     @property
     def sentence(self) -> str:
-        return f"weights from {self.checkpoint.path}" if self.checkpoint else "random weights"
+        if self.checkpoint is None:
+            return "random weights"
+        none = self.checkpoint.own_names and self.checkpoint.checksums is None
+        return f"weights from {self.checkpoint.path}{' (it has no checksums, so unchecked)' if none else ''}"
 
 
 def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> Origin:

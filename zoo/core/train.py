@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from zoo.core import checkpoint, order, weights
+from zoo.core import checkpoint, finished, order, weights
 from zoo.core.checkpoint import Checkpoints
+from zoo.core.checksums import Checksums
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
 from zoo.core.errors import NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
@@ -36,6 +39,7 @@ from zoo.core.rows import RowStream
 from zoo.core.saver import Saved, Saver
 from zoo.core.signals import StopSignals
 from zoo.core.step import TrainState, train_step
+from zoo.core.verify import check_source_among_ranks, on_rank_zero
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
 from zoo.core.world import host_group, process_group
@@ -89,6 +93,8 @@ class _Run:
     path: Path
     first_step: int
     position: Position
+    notes: Sequence[str]
+    """What is to be said of the checkpoints that were found."""
 
     @classmethod
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
@@ -105,10 +111,9 @@ class _Run:
             device=device,
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
+        saved, notes = on_rank_zero(lambda: _start_from(checkpoints, job.checkpoint.resume))
         if dist.get_rank() == 0:
-            checkpoints.tidy()
             prepared.hub_files  # noqa: B018 - read now: the source may be gone, or another, when a save is due
-        saved = checkpoint.resume_point(path, job.checkpoint.resume)
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
         position = Position.of(stream)
@@ -125,7 +130,7 @@ class _Run:
             steps=job.schedule.steps - state.step,
         )
         saver = Saver(checkpoints, host_group(job.layout.timeout or DEFAULT_TIMEOUT_S))
-        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position)
+        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position, notes)
 
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
@@ -188,6 +193,8 @@ class _Run:
 def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
     voice.started()
+    for note in run.notes:
+        voice.noted(note)
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
@@ -266,6 +273,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
+        check_source_among_ranks(prepared.source)
         source = prepared.source.tensors
         rules = () if prepared.source.own_names else rules_for(spec, config, source)
         weights.load_into(model, source, rules, whole_model=meta_model(spec, config))
@@ -285,6 +293,17 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     )
 
 
+def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, list[str]]:
+    """Put the checkpoints of a run in order, on one rank. Return the one to go on from, and lines about all that."""
+    notes = checkpoints.tidy()
+    saved = finished.resume_point(checkpoints.run, resume)
+    if saved is not None:
+        notes += checkpoints.make_way(finished.read_progress(saved)["step"])
+        if Checksums.read(saved) is None:
+            notes.append(f"{saved} has no checksums, as an older zoo saved it; it was read unchecked")
+    return saved, notes
+
+
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
     progress = checked_progress(saved, prepared)
     checkpoint.load(state, saved)
@@ -298,8 +317,7 @@ def _alone_in(run: Path) -> IO[str]:
 
     The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("a")
+    file = _lock_file(run)
     taken = [False]
     if dist.get_rank() == 0:
         try:
@@ -310,6 +328,24 @@ def _alone_in(run: Path) -> IO[str]:
     if taken[0]:
         raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
     return file
+
+
+def _lock_file(run: Path) -> IO[str]:
+    """Make the run directory and open its lock. Raises UsageError where nothing can be written."""
+    checkpoints = run / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run, checkpoints):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        lock = run / ".lock"
+        # In a copy it may be read-only or somebody else's; it is locked all the same.
+        return lock.open("r" if lock.exists() and not os.access(lock, os.W_OK) else "a")
+    except OSError as error:
+        raise UsageError(
+            f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
+            f"(chmod -R u+w {run}), or give another --out"
+        ) from None
 
 
 def _same_plugins(plugins: Plugins) -> None:
@@ -328,6 +364,8 @@ def _same_plugins(plugins: Plugins) -> None:
 def _voice(run: _Run, registry: Registry) -> Voice:
     """The voice of rank 0; leaves config.yaml on the way."""
     job = run.prepared.job
-    (run.path / "config.yaml").write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh = run.path / ".config.yaml.new"
+    fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh.replace(run.path / "config.yaml")
     trackers = [registry.trackers.load(name)(run.path) for name in job.log.track]
     return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)
