@@ -14,11 +14,12 @@ from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
 from zoo.core.checksums import Checksums
-from zoo.core.companions import companion_names
+from zoo.core.companions import companion_names, is_licence
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
 from zoo.core.finished import changed_directory
 from zoo.core.inventory import MAX_TENSORS
+from zoo.core.tokenizer_files import TEMPLATES
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -45,9 +46,9 @@ def open_directory(path: Path) -> HubCheckpoint:
     """Check everything that can be checked without a model and without reading a tensor. Raises DataError."""
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory")
-    checksums = _checksums(path)
     if any(name in ADAPTER for name in _names(path)):
         raise adapter_refusal(path)
+    checksums = _checksums(path)
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
     _check_kind(path / CONFIG, config)
     check_quantised(path, config)
@@ -62,6 +63,8 @@ def companions(path: Path) -> tuple[str, ...]:
     Raises DataError for one that is no plain file of the directory or absurdly large.
     """
     names = _companion_names(path)
+    if any("/" in name for name in names) and os.path.islink(path / TEMPLATES):
+        raise DataError(f"{path / TEMPLATES}: a link in place of a folder is not followed; put the folder itself there")
     for name in names:
         _check_companion(path / name)
     return names
@@ -75,13 +78,14 @@ def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[st
 def _checksums(path: Path) -> Checksums | None:
     """What zoo left of checksums when it wrote a directory; all but the tensors are compared. Raises DataError.
 
-    Files that are never read, as a README, may come and go.
+    Files that are never read, as a README or a licence, may come and go.
     """
     found = Checksums.read(path)
     if found is None:
         return None
+    others = [name for name in _companion_names(path) if not is_licence(name)]
     weights = [name for name in _names(path) if name in (CONFIG, INDEX) or _SHARD.fullmatch(name)]
-    reason = found.misfit([*weights, *_companion_names(path)])
+    reason = found.misfit([*weights, *others])
     small = [name for name in found.sums if not _SHARD.fullmatch(name) and found.sums[name].length <= MAX_COMPANION]
     reason = reason or found.changed(small)
     if reason:

@@ -156,8 +156,8 @@ def _check_written(directory: Path, outgoing: Sequence[Outgoing]) -> None:
 
 def _write_checksums(directory: Path, shards: Mapping[str, Sum]) -> None:
     """Of all files that were written. Those that are no shards are small, so they are read for it."""
-    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    others = [name for name in files if name not in shards and name != JOURNAL]
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    others = [name for name in found if name not in shards and name != JOURNAL]
     Checksums(directory, {**shards, **{name: sum_of_file(directory / name) for name in others}}).write()
 
 

@@ -38,7 +38,7 @@ from zoo.core.checksums import NAME as CHECKSUMS, Checksums, Sum, SummingStream,
 from zoo.core.errors import DataError, one_line
 from zoo.core.finished import PROGRESS, claimed_steps, finished_steps, flaw, read_progress, set_aside, unclaimed
 from zoo.core.step import TrainState
-from zoo.core.verify import check_among_ranks, on_rank_zero
+from zoo.core.verify import check_among_ranks, gathered, on_rank_zero
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -202,10 +202,11 @@ def load(state: TrainState, path: Path) -> None:
     The checkpoint is read whole and compared with its checksums before anything is filled.
     """
     check_among_ranks(path)
-    on_rank_zero(lambda: _check_metadata(path))
     tensors = tensors_of(state)
     settings = {name: value for name, value in tensors.items() if name.startswith("optim.param_groups.")}
     tensors = {name: value for name, value in tensors.items() if name not in settings}
+    names = gathered([name for name in tensors if name.startswith("model.")])
+    on_rank_zero(lambda: _check_metadata(path, set().union(*names)))
     try:
         dcp_load(tensors, checkpoint_id=path / "state")
     except CheckpointException as error:
@@ -229,9 +230,7 @@ def _save_state(tensors: dict[str, Any], path: Path, group: dist.ProcessGroup | 
     writer = FileSystemWriter(path)
     writer.fs = files
     dcp_save(tensors, storage_writer=writer, process_group=group)
-    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(files.sums, everyone, dst=0, group=group)
-    return {name: total for sums in everyone or () for name, total in sums.items()}
+    return {name: total for sums in gathered(files.sums, group) for name, total in sums.items()}
 
 
 class _SummingFiles(FileSystem):
@@ -252,12 +251,18 @@ class _SummingFiles(FileSystem):
         self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
 
 
-def _check_metadata(path: Path) -> None:
-    """Raise DataError if the metadata of a state cannot be read, which torch would tell in many lines."""
+def _check_metadata(path: Path, names: set[str]) -> None:
+    """Raise DataError if the metadata of a state cannot be read, or has weights that are not among the model's names.
+
+    torch would tell the first in many lines, and leave such weights out in silence.
+    """
     try:
-        FileSystemReader(path / "state").read_metadata()
+        found = FileSystemReader(path / "state").read_metadata().state_dict_metadata
     except Exception as error:
         raise _unloadable(path, f"{path / 'state' / '.metadata'}: {one_line(error)}") from None
+    left = next((name for name in sorted(found) if name.startswith("model.") and name not in names), None)
+    if left is not None:
+        raise _unloadable(path, f"it has {left.removeprefix('model.')}, and the model of this job has not")
 
 
 def _unloadable(path: Path, reason: str) -> DataError:

@@ -229,7 +229,10 @@ def _parsed(content: bytes, file: Path) -> dict[str, Sum]:
     # Asked first: a byte that changed is told as that, and not by the rule that it happens to break.
     if not content.endswith(b"\n") or last != f"{zlib.crc32(body):08x} end".encode():
         raise DataError(f"{file} is damaged: its own checksum, in the last line, is another")
-    title, *lines = body.decode(errors="replace").removesuffix("\n").split("\n")
+    try:
+        title, *lines = body.decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is no text in UTF-8") from None
     if title != _TITLE:
         raise DataError(f"{file}: {title!r:.80} is not '{_TITLE}', which is all that this zoo reads; update zoo")
     found: dict[str, Sum] = {}

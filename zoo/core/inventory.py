@@ -214,7 +214,7 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
     """Names and shapes of a source against what a model needs; `allowed` may be there too. Raises DataError."""
     names = set(source.names())
     missing = [name for name in expected if name not in names]
-    cause = why_names_differ(source, names, expected) if missing else None
+    cause = why_names_differ(source, names, [*expected, *allowed]) if missing else None
     if cause is not None:
         raise DataError(cause)
     if missing:

@@ -66,11 +66,14 @@ def _of_prefix(source: object, names: Collection[str], expected: Collection[str]
     absent = [name for name in expected if name not in renamed and name not in names]
     if absent and not prefix.found:
         return f"{what}, and {absent[0]} is missing: the inner model was saved alone; save the whole one, with its head"
-    new = f"'{prefix.expected}' + " if prefix.expected else ""
-    old = f"k.removeprefix('{prefix.found}')" if prefix.found else "k"
+    kept = [name for name in names if name in expected]
+    if prefix.found:
+        new = f"k.replace('{prefix.found}', '{prefix.expected}', 1)"
+    else:
+        new = f"'{prefix.expected}' + k" if not kept else f"k if k in {kept[:2]} else '{prefix.expected}' + k"
     return (
         f"{what}; rename them with load_file and save_file of safetensors.torch, "
-        f"{{{new}{old}: v for k, v in load_file(FILE).items()}}, and in the index where there is one"
+        f"{{{new}: v for k, v in load_file(FILE).items()}}, and in the index where there is one"
     )
 
 

@@ -12,7 +12,7 @@ from zoo.core.resume import checked_progress
 def check_start(prepared: Prepared, registry: Registry) -> None:
     """Open what a run opens: the tokenizer, the weights' names, the data, the checkpoint it goes on from.
 
-    Nothing is computed and no sample is read. Raises UsageError or DataError.
+    Nothing is computed, and one sample is read. Raises UsageError or DataError.
     """
     saved = finished.resume_point(prepared.out, prepared.job.checkpoint.resume)
     if prepared.source is not None:
@@ -20,7 +20,10 @@ def check_start(prepared: Prepared, registry: Registry) -> None:
     stream = prepared.open_rows(registry)
     try:
         # A run that has all its steps is only said to be done, whatever became of its data.
-        if saved is not None and not finished.is_done(saved, prepared.out, prepared.job.schedule.steps):
+        if finished.is_done(saved, prepared.out, prepared.job.schedule.steps):
+            return
+        stream.check_first()
+        if saved is not None:
             stream.load_state_dict(checked_progress(saved, prepared)["cursor"])
     finally:
         stream.close()

@@ -79,6 +79,10 @@ class RowStream:
         """Share of the rows so far that is not padding."""
         return self.stats.fill(self.seq)
 
+    def check_first(self) -> None:
+        """Read the corpus's first sample as training will. Raises DataError naming it, or saying that there is none."""
+        self._windows.check_first()
+
     def take(self, count: int) -> list[Row]:
         """The next rows. Raises DataError for samples that cannot be used and for a corpus without any."""
         return [row_of(self._next(), seq=self.seq, pad=self._pad) for _ in range(count)]

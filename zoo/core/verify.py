@@ -54,6 +54,13 @@ def on_rank_zero(action: Callable[[], Answer], group: dist.ProcessGroup | None =
     return answer
 
 
+def gathered(mine: Answer, group: dist.ProcessGroup | None = None) -> list[Answer]:
+    """Return what all ranks give, on rank 0; nothing elsewhere."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0, group=group)
+    return everyone or []
+
+
 def _first_look(path: Path) -> tuple[Checksums | None, str | None]:
     """Return the checksums to compare with, if any, or what is wrong by names and lengths already."""
     reason = flaw(path)

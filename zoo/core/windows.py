@@ -18,6 +18,8 @@ WINDOW_ROWS = 8
 WINDOW_TOKENS = 1 << 18
 """Documents are packed in windows of at least this many rows and tokens: more fills rows better, and takes memory."""
 
+_CHECKED_CHARACTERS = 1 << 18
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
@@ -92,6 +94,17 @@ class Windows:
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def check_first(self) -> None:
+        """Read the corpus's first sample as training will. Raises DataError naming it, or saying that there is none."""
+        source = self.corpus.source
+        found = (record for shard in source.shards() for record, _ in source.read(shard, 0))
+        first = next(found, None)
+        if first is None:
+            raise DataError(_empty(Stats(), self.corpus))
+        # Tokens of megabytes of plain text take seconds, and there is little in it that could be refused.
+        if sum(len(value) for value in first.fields.values() if isinstance(value, str)) <= _CHECKED_CHARACTERS:
+            self._to_document(first)
 
     def build(self, cursor: Cursor, carried: Sequence[Piece] | None = None) -> Window:
         """The window that begins at a cursor; `carried` are its carried pieces if they are at hand.
