@@ -105,7 +105,10 @@ def documents(folder, samples):
     assert answer in LLAMA3
     marked = LLAMA3.replace(
         answer,
-        "{% if m['role'] == 'assistant' %}{% generation %}" + answer + "{% endgeneration %}{% else %}" + answer
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        + answer
+        + "{% endgeneration %}{% else %}"
+        + answer
         + "{% endif %}",
     )
     found = {}
@@ -117,7 +120,10 @@ def documents(folder, samples):
             ids, trained = made["input_ids"], made["assistant_masks"]
         else:
             prompt = tokenizer(sample["prompt"])["input_ids"]
-            answer_ids = [*tokenizer(sample["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            answer_ids = [
+                *tokenizer(sample["completion"], add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
             ids, trained = prompt + answer_ids, [0] * len(prompt) + [1] * len(answer_ids)
         targets = [token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=True)]
         found[tuple(ids)] = [*targets[1:], -100]
@@ -249,7 +255,20 @@ def run(folder, out, data, steps, changes, monkeypatch):
     """`zoo finetune` to so many steps; the rows it took."""
     settings = {f"optim.{name}": value for name, value in FIRST.items()} | changes
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    words += ["--set", "log.peak_tflops=1", "--from", folder, "--data", data, "--seq", SEQ, "--global-batch", BATCH, "--dtype", "float64"]
+    words += [
+        "--set",
+        "log.peak_tflops=1",
+        "--from",
+        folder,
+        "--data",
+        data,
+        "--seq",
+        SEQ,
+        "--global-batch",
+        BATCH,
+        "--dtype",
+        "float64",
+    ]
     with taken(monkeypatch) as rows:
         family = json.loads((folder / "config.json").read_text())["model_type"]
         name = next(name for name, model_type in MODELING.items() if model_type == family)
