@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import zoo
 from tests.core.made_tokenizer import LLAMA3, write_tokenizer
+from tests.core.small_runs import FIELDS
 from tests.models import wide
 from tests.models.reference import FAMILIES
 from zoo.cli.main import main
@@ -30,18 +31,6 @@ from zoo.core.rows import RowStream
 
 SEQ, BATCH, BALANCE = 96, 2, 0.05
 MODELING = {"llama3": "llama", "mixtral": "mixtral", "nemotron": "nemotron"}
-FIELDS = {
-    "vocab_size": 320,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
 MORE = {
     "llama3": {"tie_word_embeddings": True, "attention_bias": True},
     "nemotron": {"partial_rotary_factor": 0.5, "mlp_bias": True, "head_dim": 8},

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import typing
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from tests.core import test_independent_loop as loop
-from tests.core.made_tokenizer import write_tokenizer
+from tests.core import small_runs, test_independent_loop as loop
 from zoo.cli.main import main
 from zoo.core.job import Job
 from zoo.core.metrics import read_metrics
-from zoo.models.llama3.model import SPEC
 
 TAKES_EFFECT = "read anew whenever ranks start"
 BY_LOOP = "takes effect on what is computed: tests/core/test_independent_loop.py resumes with each"
@@ -86,36 +81,25 @@ def test_every_setting_is_known_to_take_effect_or_to_be_refused():
     assert resumed_with == {key for key, how in FIELDS.items() if how is BY_LOOP}
 
 
-def model(folder, layers=2):
-    """A directory that `--from` takes."""
-    torch.manual_seed(layers)
-    config = SPEC.parse({"model_type": "llama"} | loop.FIELDS | {"num_hidden_layers": layers})
-    write_tokenizer(folder, "llama3")
-    (folder / "config.json").write_text(json.dumps(SPEC.hub_config(config)))
-    save_file(dict(SPEC.build(config).named_parameters()), folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with models, data, and a run of two steps."""
     folder = tmp_path_factory.mktemp("home")
-    model(folder / "model")
+    small_runs.llama(folder / "model")
     shutil.copytree(folder / "model", folder / "other")
-    model(folder / "deeper", layers=3)
-    samples = [{"prompt": "Paris " * n, "completion": "is the capital of France " * n} for n in (1, 2, 1, 2)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (folder / "other.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples[1:]))
+    small_runs.llama(folder / "deeper", layers=3)
+    small_runs.completions(folder / "data.jsonl")
+    small_runs.completions(folder / "other.jsonl", sizes=(2, 1, 2))
     (folder / "other.jinja").write_text(loop.LLAMA3 + " ")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert finetune("run", "--steps", 2) == 0
+        assert again("run", "--steps", 2) == 0
     return folder
 
 
-def finetune(out, *args):
-    basic = ("--from", "model", "--data", "data.jsonl", "--seq", 64, "--global-batch", 2, "--out", out)
-    return main(["finetune", "llama3", *map(str, basic), "--set", "log.peak_tflops=1", *map(str, args)])
+def again(out, *args):
+    """The status of the command of the run, with more."""
+    return small_runs.finetune("model", "data.jsonl", out, *args)
 
 
 @pytest.mark.parametrize(("flags", "words", "status"), CHANGED, ids=lambda value: str(value)[:40])
@@ -125,7 +109,7 @@ def test_what_cannot_change_is_one_line_and_leaves_the_run_as_it_was(flags, word
         (home / "model").rename(home / "gone")
     before = (home / "run" / "config.yaml").read_text()
     try:
-        assert finetune("run", "--steps", 3, *flags[:2]) == status
+        assert again("run", "--steps", 3, *flags[:2]) == status
     finally:
         if flags[-1] == "moved":
             (home / "gone").rename(home / "model")
@@ -148,7 +132,7 @@ def test_a_model_that_was_moved_is_the_same(home, tmp_path, monkeypatch):
     shutil.copytree("run", tmp_path / "run", symlinks=True)
     (home / "model").rename(tmp_path / "moved")
     try:
-        assert finetune(tmp_path / "run", "--steps", 3, "--from", tmp_path / "moved") == 0
+        assert again(tmp_path / "run", "--steps", 3, "--from", tmp_path / "moved") == 0
     finally:
         (tmp_path / "moved").rename(home / "model")
 
@@ -163,7 +147,7 @@ def test_the_rest_of_a_command_takes_effect(home, tmp_path, monkeypatch):
         ("theta", ("--set", "model.rope_theta=50")),
     ):
         shutil.copytree("run", tmp_path / name, symlinks=True)
-        assert finetune(tmp_path / name, "--steps", 4, *more) == 0
+        assert again(tmp_path / name, "--steps", 4, *more) == 0
         runs[name] = read_metrics(tmp_path / name / "metrics.jsonl")[2:]
     steps = [path.name for path in (tmp_path / "changed" / "checkpoints").iterdir() if path.name[-1].isdigit()]
     assert sorted(steps) == ["step-2", "step-3", "step-4"]
