@@ -34,6 +34,7 @@ from zoo.core import order, weights  # noqa: E402
 from zoo.core.batch import Row, collate  # noqa: E402
 from zoo.core.contracts import IGNORE  # noqa: E402
 from zoo.core.flags import from_flags  # noqa: E402
+from zoo.core.forward_backward import Counts  # noqa: E402
 from zoo.core.mesh import Mesh  # noqa: E402
 from zoo.core.optim import build_optimizer, build_schedule  # noqa: E402
 from zoo.core.plugins import Plugins  # noqa: E402
@@ -145,7 +146,7 @@ class Side:
         return batch
 
     def step(self) -> None:
-        train_step(self.state, self.batches, self.trained, ROWS)
+        train_step(self.state, self.batches, Counts(self.trained, ROWS, self.trained))
 
     def count(self) -> dict[str, object]:
         """One step, counted: rows of the table and whether all is as the account says."""

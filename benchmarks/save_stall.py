@@ -85,6 +85,7 @@ def run(rank: int, folder: str, seq: int, rounds: int, answer) -> None:
     import torch.distributed as dist
 
     from zoo.core.checkpoint import Checkpoints
+    from zoo.core.forward_backward import Counts
     from zoo.core.saver import Saver
     from zoo.core.step import train_step
     from zoo.core.world import host_group
@@ -110,7 +111,7 @@ def run(rank: int, folder: str, seq: int, rounds: int, answer) -> None:
 
     def step() -> float:
         start = time.perf_counter()
-        train_step(state, [batch], RANKS * seq, RANKS)
+        train_step(state, [batch], Counts(RANKS * seq, RANKS, RANKS * seq))
         return time.perf_counter() - start
 
     def save(kind: str) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from zoo.core import order, weights
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import IGNORE, AttentionBackend, MemoryPolicy, ParallelAdapter, Setup
 from zoo.core.errors import UsageError
+from zoo.core.forward_backward import Counts
 from zoo.core.job import Job, OptimSection, ScheduleSection
 from zoo.core.mesh import AXES, Degrees, Mesh
 from zoo.core.optim import build_optimizer, build_schedule
@@ -307,8 +308,9 @@ class Run:
 
     def update(self, micro_batch=1):
         """One step: what this rank knows of it."""
-        trained = sum(row.trained_tokens for row in rows(self.chosen.rows, self.setup.seq))
-        return train_step(self.state, self.batches(micro_batch), trained, self.chosen.rows)
+        every = rows(self.chosen.rows, self.setup.seq)
+        trained, real = (sum(getattr(row, name) for row in every) for name in ("trained_tokens", "document_tokens"))
+        return train_step(self.state, self.batches(micro_batch), Counts(trained, self.chosen.rows, real))
 
     def step(self, micro_batch=1):
         """One step: loss, gradient norm and report of all ranks together."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zoo.core.batch import Row, collate, row_mask
-from zoo.core.contracts import IGNORE, Setup
+from zoo.core.contracts import IGNORE, PADDING, Setup
 from zoo.core.errors import DataError
 from zoo.core.feed import Feed
 from zoo.core.mesh import Degrees
@@ -111,6 +111,14 @@ def test_an_error_in_reading_is_raised_by_the_step_it_belongs_to():
     feed.step(CPU)
     with pytest.raises(DataError, match="row 3 is broken"):
         feed.step(CPU)
+
+
+def test_padding_has_a_position_of_its_own_and_is_not_counted():
+    row = Row(tokens=np.arange(10), labels=np.full(10, IGNORE), documents=((1, 4), (5, 9)))
+    empty = Row(tokens=np.arange(10), labels=np.full(10, IGNORE), documents=())
+    batch = collate([row, empty])
+    assert batch.positions[0].tolist() == [PADDING, 0, 1, 2, PADDING, 0, 1, 2, 3, PADDING] + [PADDING] * 10
+    assert (row.document_tokens, batch.document_tokens, batch.to(CPU).document_tokens) == (7, 7, 7)
 
 
 def test_visible_keys_are_the_mean_over_layers():

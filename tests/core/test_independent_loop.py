@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import zoo
 from tests.core.made_tokenizer import LLAMA3, write_tokenizer
+from tests.core.small_runs import FIELDS
 from tests.models import wide
 from tests.models.reference import FAMILIES
 from zoo.cli.main import main
@@ -30,18 +31,6 @@ from zoo.core.rows import RowStream
 
 SEQ, BATCH, BALANCE = 96, 2, 0.05
 MODELING = {"llama3": "llama", "mixtral": "mixtral", "nemotron": "nemotron"}
-FIELDS = {
-    "vocab_size": 320,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
 MORE = {
     "llama3": {"tie_word_embeddings": True, "attention_bias": True},
     "nemotron": {"partial_rotary_factor": 0.5, "mlp_bias": True, "head_dim": 8},
@@ -160,7 +149,7 @@ class Loop:
             if self.routes:
                 aux, load = self._balance(logits, padding)
                 loss = loss + BALANCE * aux / len(rows)
-                reports.append({"aux_loss": aux.item()} | {f"expert_load.{e}": x.item() for e, x in enumerate(load)})
+                reports.append((aux.item(), load))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim["clip"] or math.inf)
         for group, decay in zip(self.optimizer.param_groups, (optim["weight_decay"], 0.0), strict=True):
@@ -169,14 +158,14 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        means = {name: sum(report[name] for report in reports) / len(rows) for name in (reports or [{}])[0]}
-        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"], **means}
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **_reported(reports)}
 
     def _more(self):
         return {"output_router_logits": True} if self.routes else {}
 
     def _balance(self, logits, padding):
-        """transformers' balance loss of a row, and the shares of its assignments."""
+        """transformers' balance loss of a row, and how many assignments each expert got."""
         config = self.model.config
         experts, top_k = config.num_local_experts, config.num_experts_per_tok
         # Whatever a router would say of padding, it is masked.
@@ -185,10 +174,19 @@ class Loop:
         mask = torch.tensor([[1] * real + [0] * padding])
         aux = self.module.load_balancing_loss_func(tuple(layers), experts, top_k, mask)
         chosen = torch.cat([layer[:real].topk(top_k).indices.flatten() for layer in layers])
-        return aux, chosen.bincount(minlength=experts).double() / len(chosen)
+        return aux, chosen.bincount(minlength=experts)
 
     def weights(self, family):
         return FAMILIES[family].in_our_names(dict(self.model.named_parameters()))
+
+
+def _reported(reports):
+    """The mean balance loss of rows, and the experts' shares of all assignments of the step."""
+    if not reports:
+        return {}
+    total = sum(counts for _, counts in reports)
+    loads = {f"expert_load.{e}": share for e, share in enumerate((total.double() / total.sum()).tolist())}
+    return {"aux_loss": sum(aux for aux, _ in reports) / len(reports), **loads}
 
 
 def rate(steps, *, warmup=None, decay="cosine", final=0.1):

@@ -7,6 +7,7 @@ from torch import nn
 
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import Losses
+from zoo.core.forward_backward import Counts
 from zoo.core.order import forward_backward
 from zoo.core.step import TrainState, train_step
 
@@ -43,7 +44,7 @@ def step(split):
     for size in split:
         batches.append(collate(every[start : start + size]))
         start += size
-    return train_step(state, batches, LENGTH * sum(split), sum(split)), model
+    return train_step(state, batches, Counts(LENGTH * sum(split), sum(split), LENGTH * sum(split))), model
 
 
 @pytest.mark.parametrize("split", [(1, 1, 1, 1), (2, 2), (3, 1), (1, 2, 1)])
@@ -66,5 +67,5 @@ def test_adapters_that_listen_are_told_which_microbatch_is_the_last():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, forward_backward=stepped)
     for _ in range(2):
-        train_step(state, [collate([row]) for row in rows(3)], LENGTH * 3, 3)
+        train_step(state, [collate([row]) for row in rows(3)], Counts(LENGTH * 3, 3, LENGTH * 3))
     assert told == [(model, False), (model, False), (model, True)] * 2

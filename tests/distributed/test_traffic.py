@@ -23,6 +23,7 @@ from tests.distributed import ranks
 from zoo.core.batch import collate
 from zoo.core.contracts import IGNORE
 from zoo.core.feed import Feed
+from zoo.core.forward_backward import Counts
 from zoo.core.mesh import Degrees, Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.step import StepResult, train_step
@@ -92,7 +93,7 @@ def counted(chosen):
     batches = run.batches()
     routed = Routed(run.model, spec.plan(config), run.mesh["ep"].get_group()) if degrees.ep > 1 else None
     with Wire() as wire:
-        train_step(run.state, batches, 100, chosen.rows)
+        train_step(run.state, batches, Counts(100, chosen.rows, 100))
     copies = routed.copies() if routed else []
     each, calls = chosen.rows // degrees.dp, len(copies) // len(batches)
     first = (run.mesh.rank("dp_replicate") * degrees.dp_shard + run.mesh.rank("dp_shard")) * each

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tests.models.reference import FAMILIES, draw_fields, gradients, pair
 from tests.models.test_parity import assert_logits_agree
-from zoo.core.contracts import IGNORE
+from zoo.core.contracts import IGNORE, PADDING
 from zoo.core.inventory import rule_book, rules_for
 from zoo.core.weights import ModuleSource, load_into
 from zoo.models.common.moe import route
@@ -76,6 +76,32 @@ def test_the_balancing_loss_and_its_gradient_are_transformers(seed):
         assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm(), name
 
 
+@pytest.mark.parametrize("fill", [0.2, 0.5, 0.67, 0.99])
+def test_padding_counts_in_no_number_as_with_transformers_mask(fill):
+    """A row of one document and padding, beside transformers with its attention mask over the same row."""
+    fields = draw_fields(1, "mixtral") | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    theirs, ours = pair(fields)
+    real = int(100 * fill)
+    tokens = torch.randint(0, fields["vocab_size"], (1, 100))
+    labels = torch.full((1, 100), IGNORE)
+    labels[:, : real - 1] = tokens[:, 1:real]
+    positions = torch.cat([torch.arange(real), torch.full((100 - real,), PADDING)])[None]
+    mask = (positions != PADDING).long()
+    spies = spied(theirs, "mlp.gate")
+    out = theirs(tokens, attention_mask=mask)
+    losses = ours(tokens, positions, labels=labels)
+    assert losses.report["aux_loss"].item() == pytest.approx(out.aux_loss.item(), rel=1e-6)
+    chosen = torch.cat([ids[:real].flatten() for _, _, ids in spies])
+    counts = chosen.bincount(minlength=fields["num_local_experts"])
+    torch.testing.assert_close(losses.token_report["expert_load"], counts.double() / len(chosen))
+    expected = functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (losses.tokens / 100 + losses.rows).backward()
+    (expected / 100 + 0.5 * out.aux_loss).backward()
+    reference = FAMILIES["mixtral"].in_our_names(gradients(theirs))
+    for name, gradient in gradients(ours).items():
+        assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm(), name
+
+
 @pytest.mark.parametrize(
     ("more", "coefficient"),
     [({}, None), ({"output_router_logits": True}, 0.001), ({"router_aux_loss_coef": 0.5}, None)]
@@ -89,7 +115,7 @@ def test_the_balancing_loss_is_off_unless_the_config_asks_for_it(more, coefficie
     losses = SPEC.build(config)(tokens, labels=tokens)
     assert ("aux_loss" in losses.report) == (coefficient is not None)
     assert (torch.as_tensor(losses.rows).item() > 0) == (coefficient is not None)
-    assert losses.report["expert_load"].sum().item() == pytest.approx(1.0)
+    assert losses.token_report["expert_load"].sum().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("window", [1, 2, 29, 30, 31, None])

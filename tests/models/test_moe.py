@@ -64,6 +64,42 @@ def test_all_tokens_at_one_expert_are_all_served_and_idle_experts_get_zeros():
         assert not weight.grad[[0, 1, 2, 4]].any()
 
 
+class Poisoned(GroupedMatmul):
+    """Leaves NaN in the rows that are nobody's, forward and backward, as a kernel may that does not look at them."""
+
+    def forward(self, rows, weight, counts):
+        nobodys = torch.arange(len(rows))[:, None] >= counts.sum()
+        rows = rows.clone()
+        rows.register_hook(lambda gradient: gradient.masked_fill(nobodys, torch.nan))
+        return super().forward(rows, weight, counts).masked_fill(nobodys, torch.nan)
+
+
+@pytest.mark.parametrize("kernel", [GroupedMatmul, Poisoned])
+@pytest.mark.parametrize("real", [0, 1, 7, 18])
+def test_padding_goes_to_no_expert_and_counts_nowhere(real, kernel):
+    """The block on rows with padding beside the same block on the other tokens alone."""
+    block, h = made(), torch.randn(2, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    block.experts.matmul = kernel()
+    padding = torch.ones(18, dtype=torch.bool)
+    padding[torch.randperm(18)[:real]] = False
+    out, stats = block(h, padding.view(2, 9))
+    alone = made()
+    wanted, expected = alone(h.flatten(0, 1)[~padding][None])
+    assert not out.flatten(0, 1)[padding].any()
+    torch.testing.assert_close(out.flatten(0, 1)[~padding], wanted[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats, expected, rtol=1e-12, atol=1e-12)
+    leaves = [h, *block.parameters()], [h, *alone.parameters()]
+    found = torch.autograd.grad(out.square().sum() + stats.probabilities.square().sum(), leaves[0])
+    reference = torch.autograd.grad(wanted.square().sum() + expected.probabilities.square().sum(), leaves[1])
+    for gradient, truth in zip(found, reference, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-11, atol=1e-12)
+
+
+def test_a_row_of_padding_alone_has_no_balancing_loss():
+    _, stats = route(torch.randn(5, EXPERTS), 2, torch.ones(5, dtype=torch.bool))
+    assert balance_loss([stats], 2, stats.assignments).item() == 0
+
+
 def test_no_token_at_all_is_no_special_case():
     block, h = made(), torch.zeros(1, 0, WIDTH, dtype=torch.float64, requires_grad=True)
     out, stats = block(h)

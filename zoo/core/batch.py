@@ -29,6 +29,11 @@ class Row:
     def trained_tokens(self) -> int:
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def document_tokens(self) -> int:
+        """Those that are no padding."""
+        return sum(stop - start for start, stop in self.documents)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -43,6 +48,8 @@ class Batch:
     mask: Any
     num_rows: int = 1
     """Rows laid end to end in it."""
+    document_tokens: int = 0
+    """Tokens of these rows, on all ranks that share them, that are no padding."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -51,6 +58,7 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             mask=self.mask,
             num_rows=self.num_rows,
+            document_tokens=self.document_tokens,
         )
 
 
@@ -92,4 +100,5 @@ def collate(rows: Sequence[Row], *, mask: str = "causal") -> Batch:
         positions=torch.from_numpy(positions)[None],
         mask=row_mask(offset, tuple(documents), labels, mask),
         num_rows=len(rows),
+        document_tokens=sum(row.document_tokens for row in rows),
     )

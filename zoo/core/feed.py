@@ -28,6 +28,8 @@ class StepData:
     """This rank's microbatches."""
     trained_tokens: int
     """Of the whole global batch."""
+    document_tokens: int
+    """Of the whole global batch, those that are no padding."""
     mean_visible_keys: float
     """Keys that a token of the global batch sees on average over layers, for counting FLOPs."""
     position: Position
@@ -119,17 +121,18 @@ class Feed:
         message = self._share(self._read())
         if isinstance(message, ZooError):
             raise message
-        rows, trained_tokens, mean_visible_keys = message
+        rows, trained_tokens, document_tokens, mean_visible_keys = message
         microbatches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
         return StepData(
             batches=[self._batch(part) for part in microbatches],
             trained_tokens=trained_tokens,
+            document_tokens=document_tokens,
             mean_visible_keys=mean_visible_keys,
             position=Position.of(self.stream),
         )
 
     def _read(self) -> Any:
-        """Rows of this data-parallel rank and two facts on all, or the error met; None on ranks that do not read."""
+        """Rows of this data-parallel rank and three facts on all, or the error met; None on ranks that do not read."""
         if self.stream is None:
             return None
         try:
@@ -138,7 +141,8 @@ class Feed:
             return error
         seen = sum(self._visible(row) for row in rows)
         tokens = sum(len(row.tokens) for row in rows)
-        return rows[self.mine], sum(row.trained_tokens for row in rows), seen / tokens
+        trained, real = sum(row.trained_tokens for row in rows), sum(row.document_tokens for row in rows)
+        return rows[self.mine], trained, real, seen / tokens
 
     def _visible(self, row: Row) -> float:
         """Pairs (query, key) that a layer sees in a row, in the mean over layers."""

@@ -19,6 +19,8 @@ class Counts:
 
     trained_tokens: int
     rows: int
+    document_tokens: int
+    """Those that are no padding."""
 
     def share(self, batch: Batch) -> float:
         """The part of the step's rows that a microbatch is."""
@@ -40,9 +42,12 @@ class Sums:
     def add_loss(self, loss: Tensor) -> None:
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
 
-    def add_report(self, losses: Losses, share: float) -> None:
-        for name, part in losses.report.items():
-            self.report[name] = self.report.get(name, 0.0) + part * share
+    def add_report(self, losses: Losses, batch: Batch, counts: Counts, *, weight: float = 1.0) -> None:
+        """Add what a model reported of a microbatch; with weight 0 its names are known and its numbers are not."""
+        tokens = batch.document_tokens / max(1, counts.document_tokens)
+        for report, share in ((losses.report, counts.share(batch)), (losses.token_report, tokens)):
+            for name, part in report.items():
+                self.report[name] = self.report.get(name, 0.0) + part * (share * weight)
 
 
 class ForwardBackward(Protocol):
@@ -82,7 +87,7 @@ class OneByOne:
             loss = counts.loss(losses, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             sums.add_loss(loss)
-            sums.add_report(losses, counts.share(batch))
+            sums.add_report(losses, batch, counts)
         return sums
 
     def repeated(self) -> Collection[str]:

@@ -87,3 +87,5 @@ class Losses(NamedTuple):
     """What counts once a row, as an auxiliary loss times its coefficient, 0-dim; in the mean over the batch's rows."""
     report: Mapping[str, Tensor] = {}
     """Metrics by name, no gradient, 0-dim or vectors: their mean over the rows of a step is logged."""
+    token_report: Mapping[str, Tensor] = {}
+    """The same for metrics that are means over tokens: theirs over all tokens of a step that are no padding."""

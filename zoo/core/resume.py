@@ -7,10 +7,11 @@ What is read of the data is compared by the row stream itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from zoo.core.errors import DataError, UsageError
+from zoo.core.errors import UsageError
 from zoo.core.finished import resumable_progress
 from zoo.core.inventory import meta_model
 from zoo.core.job import Job
@@ -37,8 +38,13 @@ def checked_progress(saved: Path, prepared: Prepared) -> dict[str, Any]:
 def check_same_run(saved: Path, progress: Mapping[str, Any], prepared: Prepared) -> None:
     """Raise UsageError if a command says anew what a run that goes on from `saved` could not use."""
     job = prepared.job
-    differences = (*_rows(progress, prepared), *_source_differs(progress, job), *_model(progress, prepared))
-    for was, hint in differences:
+    found = chain(
+        _family(progress, prepared),
+        _rows(progress, prepared),
+        _source_differs(progress, job),
+        _shape(progress, prepared),
+    )
+    for was, hint in found:
         anew = "leave out --resume" if job.checkpoint.resume != "auto" else "give another --out"
         raise UsageError(f"{saved} {was}; {hint}, or {anew} to start a new run")
 
@@ -64,21 +70,21 @@ def _source_differs(progress: Mapping[str, Any], job: Job) -> Iterator[tuple[str
         yield f"began from {was or 'the weights of its size'} and goes on with its own weights, not with --from's", hint
 
 
-def _model(progress: Mapping[str, Any], prepared: Prepared) -> Iterator[tuple[str, str]]:
+def _family(progress: Mapping[str, Any], prepared: Prepared) -> Iterator[tuple[str, str]]:
+    was, now = progress["model"]["model_type"], prepared.hub_config["model_type"]
+    if was != now:
+        yield f"holds a model of type {was}, and this job trains one of type {now}", "name the family it is of"
+
+
+def _shape(progress: Mapping[str, Any], prepared: Prepared) -> Iterator[tuple[str, str]]:
     """Fields that decide about names and shapes of weights; others, RoPE's for one, may change."""
     was, now = progress["model"], prepared.hub_config
-    if was == now:
-        return
-    try:
-        before = _shapes(prepared, prepared.spec.parse(was))
-    except DataError:
-        before = None
-    if before == _shapes(prepared, prepared.config):
+    if was == now or _shapes(prepared, prepared.spec.parse(was)) == _shapes(prepared, prepared.config):
         return
     changed = {key: value for key, value in was.items() if value != now.get(key)}
-    said = ", ".join(f"{key} {value} and not {now.get(key)}" for key, value in changed.items())
+    said = ", ".join(f"{key} {value} where this job has {now.get(key)}" for key, value in changed.items())
     hint = " ".join(f"--set model.{key}={str(value).lower()}" for key, value in changed.items())
-    yield f"holds other weights than this model has: {said}", f"give {hint}"
+    yield f"holds weights of another shape: {said}", f"give {hint}"
 
 
 def _shapes(prepared: Prepared, config: Any) -> dict[str, tuple[int, ...]]:

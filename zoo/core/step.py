@@ -38,22 +38,22 @@ class StepResult:
     grad_norm: Tensor | None
     lr: float
     report: Mapping[str, Tensor] = field(default_factory=dict)
-    """This rank's part of the model's own metrics, 0-dim or vectors, means over the rows of the step."""
+    """This rank's part of the model's own metrics, 0-dim or vectors, means over the rows or tokens of the step."""
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], trained_tokens: int, global_rows: int) -> StepResult:
-    """Gradients of the mean loss over `trained_tokens` and `global_rows` (global counts), then one update.
+def train_step(state: TrainState, batches: Sequence[Batch], counts: Counts) -> StepResult:
+    """Gradients of the mean loss over the trained tokens and rows of all ranks, then one update.
 
     Sums divided by a global count make the result independent of ranks and microbatches. A step without a trained
     token has no mean: nothing is computed, weights and moments stay, and the schedule moves on.
     """
     lr = state.lr * state.schedule(state.step)
-    if trained_tokens == 0:
+    if counts.trained_tokens == 0:
         state.step += 1
         return StepResult(loss=None, grad_norm=None, lr=lr)
     set_learning_rate(state.optimizer, lr)
     strategy = state.forward_backward
-    sums = strategy.run(state.model, batches, Counts(trained_tokens, global_rows))
+    sums = strategy.run(state.model, batches, counts)
     grad_norm = clip_gradients(state.model, state.clip, repeated=strategy.repeated(), whole_norm=strategy.whole_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

@@ -183,12 +183,13 @@ class Account:
     def copies(self, batch: Microbatch, blocks: int) -> Sequence[tuple[int, int]]:
         """Of each of so many blocks, copies of a microbatch's tokens that go to other ranks of `ep` and come from them.
 
-        Without a record, those of routers that send every expert as many.
+        Without a record, those of routers that send every expert as many, and of padding none.
         """
         if batch.copies is not None:
             return batch.copies
         shared = self.size("tp") if self.setup.sequence_parallel else 1
-        every = self.experts.per_token * self.tokens(batch) // shared if self.experts is not None else 0
+        real = sum(stop - start for start, stop in batch.mask.documents) / max(1, batch.mask.length)
+        every = self.experts.per_token * round(self.tokens(batch) * real) // shared if self.experts is not None else 0
         elsewhere = round(every * (self.size("ep") - 1) / self.size("ep"))
         return [(elsewhere, elsewhere)] * blocks
 

@@ -25,6 +25,7 @@ from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
 from zoo.core.errors import DataError, NumericsError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
+from zoo.core.forward_backward import Counts
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
 from zoo.core.launch import inside_launcher
@@ -155,7 +156,8 @@ class _Run:
         data = self.feed.step(self.device)
         data_s, self.position = time.perf_counter() - start, data.position
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
-        result = train_step(self.state, data.batches, data.trained_tokens, self.prepared.global_batch)
+        counts = Counts(data.trained_tokens, self.prepared.global_batch, data.document_tokens)
+        result = train_step(self.state, data.batches, counts)
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
         return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
 

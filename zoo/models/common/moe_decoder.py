@@ -98,8 +98,8 @@ class SparseCausalLM(CausalLM):
     def _losses(self, tokens: Tensor, stats: list[RouterStats]) -> Losses:
         here = self.layer_sum(stats)
         row = self.row_sum(here.assignments)
-        report = {"expert_load": here.assignments.double() / row.sum().clamp(min=1)}
+        load = {"expert_load": here.assignments.double() / row.sum().clamp(min=1)}
         if self.balance_coefficient is None:
-            return Losses(tokens, report=report)
+            return Losses(tokens, token_report=load)
         aux = balance_loss([here], self.num_experts_per_tok, row)
-        return Losses(tokens, self.balance_coefficient * aux, report | {"aux_loss": aux.detach()})
+        return Losses(tokens, self.balance_coefficient * aux, {"aux_loss": aux.detach()}, load)

@@ -54,7 +54,7 @@ class StageModel(nn.Module):
         if isinstance(losses.rows, Tensor) and not self.sums:
             raise UsageError("--pp: this model's loss over rows needs all blocks, and its plan has no seam 'layer_sum'")
         # Only the last stage knows all blocks; the others report the same names.
-        sums.add_report(losses, counts.share(batch) if self.is_last else 0.0)
+        sums.add_report(losses, batch, counts, weight=float(self.is_last))
         if not self.is_last:
             return (losses.tokens, *(value for seam in self.sums for value in seam.carried))
         loss = counts.loss(losses, batch)
