@@ -7,8 +7,10 @@ waits for them has a stand-in, which hands the same work and folder to ranks tha
 
 from __future__ import annotations
 
+import io
 import os
-from contextlib import contextmanager
+import tempfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +33,32 @@ def command(*args, status=0):
     """A command line to its end; asserts its exit status."""
     with _ranks_of_the_pool():
         assert main([str(word) for word in args]) == status, args
+
+
+def joined(*command_of_rank, **environment):
+    """Run a command line on each rank of an outer launcher; return (status, what it wrote to stderr) of each."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    lines = [[str(word) for word in words] for words in command_of_rank]
+    with tempfile.TemporaryDirectory() as run_id:
+        return ranks.run(len(lines), _be_joined, lines, store.port, run_id, environment, group=False)
+
+
+def _be_joined(lines, port, run_id, environment):
+    """On a rank: what a process of torchrun does."""
+    launched = {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        **{"TORCHELASTIC_RUN_ID": run_id, **environment},
+    }
+    words = lines[int(os.environ["RANK"])]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        mock.patch.dict(os.environ, launched),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(said),
+    ):
+        status = main(words)
+        said.seek(0)
+        return status, said.read()
 
 
 @contextmanager

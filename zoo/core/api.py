@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zoo.core import checkpoint, weights
+from zoo.core.agreement import agreed
 from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
@@ -18,7 +21,8 @@ from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import rules_for
 from zoo.core.job import Job
-from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch
+from zoo.core.launch import TRAINING, WorkerDied, launch
+from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
@@ -28,13 +32,15 @@ from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.traffic_report import Report, report
-from zoo.core.train import train
+from zoo.core.train import joined, train, train_prepared
 from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, Limits, LoneHeart
 from zoo.core.world import lost_touch
 
 if TYPE_CHECKING:
     from torch import nn
+
+_BUSY = threading.Lock()
 
 
 def load(path: str | Path, dtype: str | None = None, device: str | None = None) -> nn.Module:
@@ -86,37 +92,38 @@ def ready(plugins: Plugins, model: str | None, flags: Mapping[str, Any], world_s
 def run(
     plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] = lambda _line: None
 ) -> Path:
-    """`finetune` with given plugins; `say` gets the lines that head the run."""
-    if not inside_launcher():
-        return _run(plugins, model, flags, say, Heart())
-    rank = int(os.environ["RANK"])
+    """Do as `finetune` with given plugins; `say` gets the lines that head the run."""
+    with _one_at_a_time():
+        outer = OuterRank.from_environment()
+        return _started(plugins, model, flags, say) if outer is None else _joined(outer, plugins, model, flags, say)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Refuse a second run beside the first: they would share one process group, one device and one set of signals."""
+    if not _BUSY.acquire(blocking=False):
+        raise UsageError(
+            "zoo.finetune is training in this process already; wait until it returns, or start a process for each run"
+        )
     try:
-        with LoneHeart(rank, Limits.of(None)) as heart:
-            return _run(plugins, model, flags, say, heart)
-    except RuntimeError as error:
-        if not lost_touch(error):
-            raise
-        raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
+        yield
+    finally:
+        _BUSY.release()
 
 
-def _run(
-    plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None], heart: Heart
-) -> Path:
-    world_size = int(os.environ["WORLD_SIZE"]) if inside_launcher() else None
-    prepared = ready(plugins, model, flags, world_size)
+def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """Train in this process, or in ranks that are started here."""
+    prepared = ready(plugins, model, flags)
     job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
-    heart.expects(Limits.of(job.layout.timeout))
-    for line in head(prepared) if os.environ.get("RANK", "0") == "0" else ():
+    for line in head(prepared):
         say(line)
     checkpoint.resume_point(out, job.checkpoint.resume)
-    if checkpoint.finished(out, job.schedule.steps):
-        say(f"{'done':<10}all {job.schedule.steps} steps already; --steps or --out for more")
+    if _is_done(prepared, say):
         return out
-    # On a CPU the peak is measured, which the ranks of an outer launcher would do all at once.
-    if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
+    if job.log.peak_tflops is None:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
-    if ranks == 1 or world_size is not None:
-        return train(job, plugins, heart)
+    if ranks == 1:
+        return train(job, plugins, Heart())
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
@@ -124,6 +131,43 @@ def _run(
         timeout_s=job.layout.timeout,
     )
     return out
+
+
+def _joined(
+    outer: OuterRank, plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None]
+) -> Path:
+    """Train as one of the ranks of an outer launcher. Raise WorkerDied if the others cannot be reached any more.
+
+    Ranks meet before anything is decided, so that what one of them must refuse is refused by all.
+    """
+    registry = Registry(plugins)
+    try:
+        with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
+            prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
+            heart.expects(Limits.of(prepared.job.layout.timeout))
+            say = say if outer.rank == 0 else lambda _line: None
+            for line in head(prepared) if outer.rank == 0 else ():
+                say(line)
+            if _is_done(prepared, say):
+                return prepared.out
+            # On a CPU the peak is measured, which the ranks would do all at once.
+            if prepared.job.log.peak_tflops is None and accelerator_type():
+                peak = peak_tflops(prepared.setup.dtype, outer.world_size)
+                prepared = replace(prepared, job=prepared.job.replace("log", peak_tflops=peak))
+            return train_prepared(prepared, registry, signals, heart, device)
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise WorkerDied(f"rank {outer.rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
+
+
+def _is_done(prepared: Prepared, say: Callable[[str], None]) -> bool:
+    """Return whether there is no step left to train, and say so."""
+    steps = prepared.job.schedule.steps
+    done = checkpoint.finished(prepared.out, steps)
+    if done:
+        say(f"{'done':<10}all {steps} steps already; --steps or --out for more")
+    return done
 
 
 def layout(

@@ -57,6 +57,12 @@ class RowStream:
         self._ahead: Future[Window] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="zoo-rows")
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides about rows and tokens: corpus, tokenizer, length, seed and options, as JSON."""
+        corpus = self._windows.corpus
+        return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
+
     @property
     def epoch(self) -> int:
         """The pass over the corpus that the last row belongs to, from 0."""
@@ -80,7 +86,7 @@ class RowStream:
         """The position after the last row taken, as JSON: kilobytes, whatever the corpus."""
         return {
             "version": VERSION,
-            "options": self._identity,
+            "options": self.identity,
             "cursor": asdict(self._cursor),
             "row": self._row,
             "before": asdict(self._before),
@@ -93,7 +99,7 @@ class RowStream:
                 f"the saved data position has version {state.get('version')}, this zoo reads {VERSION}; "
                 "resume with the zoo that saved it, or start over with --resume never and another --out"
             )
-        _check_same(state["options"], self._identity)
+        _check_same(state["options"], self.identity)
         saved = state["cursor"]
         self._cursor = Cursor(
             epoch=saved["epoch"],
@@ -111,11 +117,6 @@ class RowStream:
         self._windows.close()
 
     # Inside -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        corpus = self._windows.corpus
-        return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
 
     def _next(self) -> tuple[Piece, ...]:
         window = self._current()

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
 import yaml
 
 from zoo.core import checkpoint, order, weights
+from zoo.core.agreement import agreed, compare, shared
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
-from zoo.core.errors import NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
+from zoo.core.errors import NumericsError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
@@ -29,7 +29,7 @@ from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.numerics import first_of_ranks, traced
 from zoo.core.optim import build_optimizer, build_schedule
-from zoo.core.plugins import Plugins, differences
+from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.rows import RowStream, open_rows
@@ -48,34 +48,46 @@ def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
+    registry = Registry(plugins)
+    with joined(heart) as (signals, device):
+        prepared = agreed(lambda: prepare(job, registry, world_size=dist.get_world_size()), plugins)
+        return train_prepared(prepared, registry, signals, heart, device)
+
+
+@contextlib.contextmanager
+def joined(heart: Heart) -> Iterator[tuple[StopSignals, torch.device]]:
+    """Join the other ranks, and hear signals; gives this rank's device too."""
     heart.enters("joining the other ranks")
-    signals = StopSignals(alone=not inside_launcher())
-    with determinism(job.model.deterministic), signals, process_group() as device:
-        _same_plugins(plugins)
+    with StopSignals(alone=not inside_launcher()) as signals, process_group() as device:
         heart.enters("reading the job")
-        registry = Registry(plugins)
-        prepared = prepare(job, registry, world_size=dist.get_world_size())
-        with _alone_in(prepared.out):
-            heart.enters("building the model")
-            run = _Run.build(prepared, registry, device)
-            voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+        yield signals, device
+
+
+def train_prepared(
+    prepared: Prepared, registry: Registry, signals: StopSignals, heart: Heart, device: torch.device
+) -> Path:
+    """Do as `train`, once ranks have joined, with a job that is the same on all of them."""
+    with determinism(prepared.job.model.deterministic), _alone_in(prepared.out):
+        heart.enters("building the model")
+        run = _Run.build(prepared, registry, device)
+        voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+        try:
             try:
-                try:
-                    _loop(run, signals, voice, heart)
-                except NumericsError as error:
+                _loop(run, signals, voice, heart)
+            except NumericsError as error:
+                _heard(run.saver.wait(), voice)
+                raise _blamed(error, run, registry, voice, heart) from None
+        except BaseException as error:
+            # Ranks that end by their own word, alone or together, have peers that still write what was begun.
+            if isinstance(error, ZooError) or dist.get_world_size() == 1:
+                with contextlib.suppress(Exception):  # of which this is not the cause
                     _heard(run.saver.wait(), voice)
-                    raise _blamed(error, run, registry, voice, heart) from None
-            except BaseException as error:
-                # Ranks that end by their own word, alone or together, have peers that still write what was begun.
-                if isinstance(error, ZooError) or dist.get_world_size() == 1:
-                    with contextlib.suppress(Exception):  # of which this is not the cause
-                        _heard(run.saver.wait(), voice)
-                voice.ended(error)
-                raise
-            finally:
-                run.close()
-            voice.ended(None)
-            return run.path
+            voice.ended(error)
+            raise
+        finally:
+            run.close()
+        voice.ended(None)
+        return run.path
 
 
 @dataclass(slots=True)
@@ -96,11 +108,12 @@ class _Run:
 
     @classmethod
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
-        """Mesh, model, weights, optimizer, data, and what a checkpoint knows, in this order."""
+        """Mesh, data, model, weights, optimizer, and what a checkpoint knows, in this order."""
         job, path = prepared.job, prepared.out
         mesh = Mesh(prepared.degrees, device.type)
+        stream = shared(lambda: _open_stream(prepared, registry) if reads_data(mesh) else None)
+        compare(stream.identity if stream else None, "Give every host the same files")
         state = _build_state(prepared, mesh, device)
-        stream = _open_stream(prepared, registry) if reads_data(mesh) else None
         meter = Meter(
             seq=job.data.seq,
             global_batch=prepared.global_batch,
@@ -340,12 +353,11 @@ def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStrea
 
 
 def _alone_in(run: Path) -> IO[str]:
-    """Make the run directory and lock it against a second process that would write the same checkpoints.
+    """Lock the run directory against a second process that would write the same checkpoints.
 
     The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("a")
+    file = shared(lambda: (run / ".lock").open("a"))
     taken = [False]
     if dist.get_rank() == 0:
         try:
@@ -356,19 +368,6 @@ def _alone_in(run: Path) -> IO[str]:
     if taken[0]:
         raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
     return file
-
-
-def _same_plugins(plugins: Plugins) -> None:
-    """Compare what every rank loaded, before anything depends on it. Raises PluginError."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (plugins.fingerprint(), socket.gethostname(), plugins.resolved()))
-    for rank, (fingerprint, host, resolved) in enumerate(everyone):
-        if fingerprint != everyone[0][0]:
-            what = "; ".join(differences(everyone[0][2], resolved))
-            raise PluginError(
-                f"rank {rank} (host {host}) loaded other plugins than rank 0: {what}. "
-                f"Install the same environment on every host; compare `zoo plugins`"
-            )
 
 
 def _voice(run: _Run, registry: Registry) -> Voice:
