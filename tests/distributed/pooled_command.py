@@ -14,6 +14,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+from torch.distributed import TCPStore
+
 from tests.distributed import ranks
 from tests.layout_commands import untimed
 from zoo.cli.main import main
@@ -99,6 +101,6 @@ class _PooledRanks:
 
 def _be_a_worker(folder, environment):
     """On a rank: what a process of the launcher does until it ends."""
-    os.environ.update(environment)
     heart = WatchedHeart(Path(folder), int(os.environ["RANK"]))
-    assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0
+    with mock.patch.dict(os.environ, environment):
+        assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0
