@@ -43,7 +43,7 @@ def ranks(tmp_path):
         script.write_text(RANK)
         for rank, (what, beats) in enumerate(parts):
             started.append(subprocess.Popen([sys.executable, script, tmp_path, str(rank), what, str(beats)]))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 900
         while len(list(tmp_path.glob("*.ready"))) < len(parts):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -188,11 +188,12 @@ def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
 
 @pytest.mark.parametrize(("error", "status"), [("RuntimeError", 1), ("KeyError", 0)])
 def test_a_rank_that_lost_the_others_is_watched_on_its_way_out(error, status):
+    way_out = 600 if status else 2  # in seconds, and the limit is half of one
     script = (
         "import time; from zoo.core.watchdog import Limits, LoneHeart\n"
         "try:\n"
         f"    with LoneHeart(0, Limits(0.5, 0.5)): raise {error}\n"
-        f"except {error}: time.sleep(3)"
+        f"except {error}: time.sleep({way_out})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr

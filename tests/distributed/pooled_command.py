@@ -14,12 +14,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-from torch.distributed import TCPStore
-
 from tests.distributed import ranks
 from tests.layout_commands import untimed
 from zoo.cli.main import main
 from zoo.core import launch, worker
+from zoo.core.launcher_env import STORE_FILE
 from zoo.core.metrics import read_metrics
 from zoo.core.watchdog import WatchedHeart
 
@@ -84,13 +83,14 @@ def _ranks_of_the_pool():
 class _PooledRanks:
     """In the place of `RankProcesses`."""
 
-    def __init__(self, command, num_ranks, _environment):
+    def __init__(self, command, num_ranks, environment):
         *_, target, self._folder = command
         assert target == launch.TRAINING.target
         self._num_ranks = num_ranks
+        # Not the launcher's process id and the threads of a process of its own.
+        self._environment = {STORE_FILE: environment[STORE_FILE]}
 
     def __enter__(self):
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return self
 
     def __exit__(self, *_):
@@ -98,7 +98,7 @@ class _PooledRanks:
 
     def wait(self, given_up):
         try:
-            ranks.run(self._num_ranks, _be_a_worker, self._folder, self._store.port, group=False)
+            ranks.run(self._num_ranks, _be_a_worker, self._folder, self._environment, group=False)
         except ranks.RankError:
             # The first rank that fails ends all others; which it was is in the folder.
             left = [int(path.stem) for path in Path(self._folder).glob("[0-9]*.error")] or [0]
@@ -106,13 +106,8 @@ class _PooledRanks:
         return {}
 
 
-def _be_a_worker(folder, port):
+def _be_a_worker(folder, environment):
     """On a rank: what a process of the launcher does until it ends."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RUN_ID=folder,
-    )
+    os.environ.update(environment)
     heart = WatchedHeart(Path(folder), int(os.environ["RANK"]))
     assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0

@@ -89,9 +89,7 @@ def more_than_a_moment_is_an_error(hosts, job, launchers):
     ranks = [pid for launcher in launchers for pid in ranks_below(launcher)]
     assert len(ranks) == 2
     hosts[1].cut()
-    began = time.monotonic()
     job.until(lambda: all(gone(pid) for pid in ranks))
-    assert time.monotonic() - began < TIMEOUT_S + 30
     for rank, log in enumerate(job.logs):
         (error,) = job.errors(log)
         assert error.startswith(f"Error: no step ended in {TIMEOUT_S} s (layout.timeout): rank {rank} waits in ")

@@ -106,7 +106,8 @@ class LayoutSection:
     pp_virtual: int | None = None
     """Stages a rank; as few as the schedule needs if unset."""
     timeout: float | None = None
-    """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
+    """Seconds a step with its save may take before a rank counts as hung, half an hour if unset. A part of the start
+    (imports, joining, weights, first data) may take as long, and never less than half an hour."""
     sequence_parallel: bool = True
     """With tp: norms and the residual are cut on tokens over its ranks."""
     overlap_tensor: bool = False

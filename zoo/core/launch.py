@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from zoo.core import bootstrap
 from zoo.core.bootstrap import start_file
 from zoo.core.device import accelerator_type, num_cores
 from zoo.core.errors import SavedOnSignal, ZooError, error_of
-from zoo.core.launcher_env import OuterRank
+from zoo.core.launcher_env import STORE_FILE, OuterRank
 from zoo.core.office import Office
 from zoo.core.rank_processes import RankProcesses
 from zoo.core.signals import LAUNCHER, NOTHING_YET, is_warning, say, start_is_over, wishes
@@ -92,7 +91,7 @@ def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) 
     command = [sys.executable, *_interpreter_flags(), _BOOTSTRAP, work.target, str(office.root)]
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_ranks))),
-        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        STORE_FILE: str(office.root / "store"),
         LAUNCHER: str(os.getpid()),
     }
     watchdog = Watchdog(office.root, num_ranks, Limits.of(timeout_s))

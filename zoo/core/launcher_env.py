@@ -10,6 +10,8 @@ from typing import Self
 from zoo.core.errors import UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STORE_FILE = "ZOO_STORE_FILE"
+"""Environment variable of a rank of zoo's own launcher: the file through which ranks of one machine find each other."""
 _ALONE = "to train on this machine alone, unset RANK and WORLD_SIZE"
 
 
@@ -36,7 +38,7 @@ class OuterRank:
         rank = _number(said, "RANK", below=world_size, of="WORLD_SIZE")
         local_world_size = _optional(said, "LOCAL_WORLD_SIZE", least=1)
         local_rank = _optional(said, "LOCAL_RANK", below=local_world_size, of="LOCAL_WORLD_SIZE")
-        if world_size > 1:
+        if world_size > 1 and not environment.get(STORE_FILE):
             _check_meeting_place(said, world_size)
         return cls(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
 

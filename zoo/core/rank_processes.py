@@ -1,8 +1,9 @@
-"""The ranks of one machine as processes, and the store through which they find each other.
+"""The ranks of one machine as processes.
 
-torch's elastic launcher would do it too, but it looks up the host's name for every event it records, which takes
-minutes where nothing answers, and a machine that is alone needs no names. All that it is for is done elsewhere here:
-restarts, signals and errors by zoo.core.launch, hosts that meet by torchrun.
+torch's elastic launcher would do it too, but it looks up the host's name for every event it records, and so does its
+TCPStore for every connection. That takes minutes where no name server answers, and a machine that is alone needs no
+names. What else it is for is done elsewhere: restarts, signals and errors by zoo.core.launch, hosts that meet by
+torchrun.
 """
 
 from __future__ import annotations
@@ -11,11 +12,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 
-from torch._C._distributed_c10d import TCPStore
-
-HERE = "127.0.0.1"
 _POLL_S = 0.05
 _GRACE_S = 5.0
 """How long ranks whose peer is gone may take to say so, and to end a write."""
@@ -32,7 +29,6 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> RankProcesses:
-        self._store = TCPStore(HERE, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         try:
             for rank in range(self._num_ranks):
                 # Of a session of its own, so that Ctrl-C reaches the launcher only, which passes it on.
@@ -72,7 +68,7 @@ class RankProcesses:
             process.wait()
 
     def _environment_of(self, rank: int) -> dict[str, str]:
-        """The variables that torchrun sets, as far as anybody reads them."""
+        """Return what torchrun would set too, as far as anybody reads it, and what is the same for all ranks."""
         number, count = str(rank), str(self._num_ranks)
         return {
             **os.environ,
@@ -81,10 +77,4 @@ class RankProcesses:
             "LOCAL_RANK": number,
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": count,
-            "MASTER_ADDR": HERE,
-            "MASTER_PORT": str(self._store.port),
-            # Ranks are clients of the store of this process; none of them serves one.
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         }

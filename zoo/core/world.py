@@ -13,18 +13,17 @@ from itertools import count
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from zoo.core.device import accelerator_type, num_accelerators
 from zoo.core.errors import UsageError
-from zoo.core.launcher_env import OuterRank
-from zoo.core.rank_processes import HERE
+from zoo.core.launcher_env import STORE_FILE, OuterRank
 
 _PATIENCE = timedelta(days=7)
 """torch's own timeouts. Who hangs is the watchdog's affair, which says more, and knows of jobs that are suspended."""
 
-_SAME_STORE = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+_SAME_STORE = (STORE_FILE, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _STORES: dict[tuple[str, ...], tuple[Store, Iterator[int]]] = {}
 
 
@@ -43,7 +42,7 @@ def process_group() -> Iterator[torch.device]:
     with without_names() if alone else nullcontext():
         dist.init_process_group(
             "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}",
-            store=_meeting_place() if outer and outer.world_size > 1 else HashStore(),
+            store=_meeting_place(outer) if outer and outer.world_size > 1 else HashStore(),
             rank=outer.rank if outer else 0,
             world_size=outer.world_size if outer else 1,
             timeout=_PATIENCE,
@@ -60,7 +59,7 @@ def process_group() -> Iterator[torch.device]:
 @contextmanager
 def without_names() -> Iterator[None]:
     """Let ranks of one machine meet over its loopback: looking up a host's own name may fail, or take minutes."""
-    wanted = {"MASTER_ADDR": HERE}
+    wanted = {"MASTER_ADDR": "127.0.0.1"}
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback and not os.environ.get("GLOO_SOCKET_IFNAME"):
         wanted["GLOO_SOCKET_IFNAME"] = loopback
@@ -84,7 +83,7 @@ def _device() -> torch.device:
     return torch.device(kind, outer.device_index(num_accelerators()) if outer else 0)
 
 
-def _meeting_place() -> Store:
+def _meeting_place(outer: OuterRank) -> Store:
     """Return the launcher's store, under a prefix of its own for each group that this process joins.
 
     The addresses that ranks left there for a group before are no good any more. The store itself is kept: rank 0 may
@@ -92,7 +91,9 @@ def _meeting_place() -> Store:
     """
     key = tuple(os.environ.get(name, "") for name in _SAME_STORE)
     if key not in _STORES:
-        _STORES[key] = next(rendezvous("env://", timeout=_PATIENCE))[0], count()
+        file = os.environ.get(STORE_FILE)
+        store = FileStore(file, outer.world_size) if file else next(rendezvous("env://", timeout=_PATIENCE))[0]
+        _STORES[key] = store, count()
     store, numbers = _STORES[key]
     store.set_timeout(_PATIENCE)
     return PrefixStore(f"zoo-{next(numbers)}", store)
