@@ -14,6 +14,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+from torch.distributed import TCPStore
+
 from tests.distributed import ranks
 from tests.layout_commands import untimed
 from zoo.cli.main import main
@@ -56,7 +58,7 @@ def _be_joined(lines, port, run_id, environment):
     """On a rank: what a process of torchrun does."""
     launched = {
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{"TORCHELASTIC_RUN_ID": run_id, **environment},
+        **{"TORCHELASTIC_RUN_ID": run_id, STORE_FILE: "", **environment},
     }
     commands = lines[int(os.environ["RANK"])]
     with mock.patch.dict(os.environ, launched):
