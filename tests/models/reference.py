@@ -177,7 +177,7 @@ def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 def check_fp32(
     step: Callable[[], Mapping[str, Tensor]], *found: Mapping[str, Tensor]
 ) -> Callable[[str, Tensor], float]:
-    """Assert that results of fp32 are what `step` computes in fp64 but for what fp32 may be off by; see rounding."""
+    """Assert that results of fp32 are what `step` computes in fp64 but for what fp32 may be off by."""
     share = rounding(step, torch.float32)
     for results in found:
         for name, value in results.items():

@@ -14,7 +14,6 @@ from zoo.core.weights import ModuleSource, load_into
 from zoo.models.common.moe import route
 from zoo.models.mixtral.model import SPEC
 
-
 TIE = 1e-5
 """Of logits of size 1 after a hundred additions in a row, about what fp32 may be off by."""
 
@@ -47,7 +46,7 @@ def test_choices_and_weights_of_a_router_are_transformers_bit_for_bit(seed, dtyp
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_of_a_whole_model_chooses_as_in_transformers(seed):
-    """But for tokens whose choice is nearer than fp32 can tell apart: of thousands, the rounding of a machine has few."""
+    """But for a choice that is nearer than fp32 can tell apart: the rounding of a machine makes it, and it is rare."""
     fields = draw_fields(seed, "mixtral")
     theirs, ours = pair(fields, seed)
     expected, found = spied(theirs, "mlp.gate"), spied(ours, "block_sparse_moe.gate")
