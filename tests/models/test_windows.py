@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.command import zoo
 from tests.models.reference import check_fp32
+from zoo.cli.main import main
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.errors import DataError
@@ -117,6 +117,6 @@ def test_windows_that_cannot_be_are_refused(over, message):
         override(hub_config(parse(FIELDS | {"model_type": "llama"})), over)
 
 
-def test_a_plan_of_windowed_layers_says_so():
-    out, _ = zoo("plan", "llama3", "--size", "tiny", "--cp", "2", "--set", "model.sliding_window=64")
-    assert "halo for 2 layers of window 64 (" in out
+def test_a_plan_of_windowed_layers_says_so(capsys):
+    assert main(["plan", "llama3", "--size", "tiny", "--cp", "2", "--set", "model.sliding_window=64"]) == 0
+    assert "halo for 2 layers of window 64 (" in capsys.readouterr().out
