@@ -58,6 +58,9 @@ def test_round_trip_bit_for_bit(tmp_path, rope, tied):
     assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
     tokens = torch.arange(100)[None]
     with torch.no_grad():
+        for parameter in (*before.parameters(), *after.parameters()):
+            # Where in a file a tensor lay may decide in which order its numbers are added.
+            parameter.data = parameter.clone()
         assert torch.equal(before(tokens).logits, after(tokens).logits)
 
     configs = [AutoConfig.from_pretrained(directory).to_dict() for directory in (source, out)]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.patience import PATIENCE_S
 from zoo.conversion import files as files_module
 from zoo.conversion.directory import open_directory
 from zoo.conversion.files import copy_file
@@ -367,7 +368,7 @@ def test_a_pipe_that_takes_a_files_place_at_the_last_moment(checkpoint, monkeypa
     opened = threading.Thread(target=lambda: refusals.append(refusal(checkpoint)), daemon=True)
     refusals = []
     opened.start()
-    opened.join(timeout=5)
+    opened.join(PATIENCE_S)
     assert refusals
     assert "not a regular file" in refusals[0]
 

@@ -32,6 +32,8 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 MANY_THREADS = 100
 """Every process group has threads, which outlive it. Ranks with more than so many are replaced by new ones."""
 
@@ -51,7 +53,7 @@ class RankPool:
         self._threads = 0
         """The most that a rank had after its last function."""
 
-    def run(self, world, function, *args, timeout=120.0, group=True):
+    def run(self, world, function, *args, timeout=PATIENCE_S, group=True):
         if self._threads > MANY_THREADS:
             self.end()
         joined = world if group else 0
@@ -108,7 +110,7 @@ class RankPool:
         return result
 
 
-def run(world, function, *args, timeout=120.0, group=True):
+def run(world, function, *args, timeout=PATIENCE_S, group=True):
     """Call `function(*args)` on `world` ranks of the session's pool; their results in rank order."""
     return _pool().run(world, function, *args, timeout=timeout, group=group)
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tests import layouts
 from tests.distributed import ranks
+from tests.patience import PATIENCE_S
 from zoo.core import checkpoint, checksums, finished
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.checksums import Checksums
@@ -38,7 +39,7 @@ class Gated(Checkpoints):
         self.gate = threading.Event()
 
     def write(self, *args):
-        assert self.gate.wait(60)
+        assert self.gate.wait(PATIENCE_S)
         return super().write(*args)
 
 

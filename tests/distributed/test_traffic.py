@@ -127,7 +127,7 @@ def counted_of(every):
 def measured(world):
     """Of each layout, what `counted` returned on each rank."""
     every = [chosen for _, chosen in by_world()[world]]
-    return list(zip(*ranks.run(world, counted_of, every, timeout=layouts.TIMEOUT_S), strict=True))
+    return list(zip(*ranks.run(world, counted_of, every), strict=True))
 
 
 def test_every_layout_is_counted():
