@@ -61,8 +61,9 @@ def say(line: str) -> None:
 
 
 def loaded(path: Path) -> Any:
-    """Load a directory as transformers does, without asking anybody."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    """Load a directory as transformers does, without asking anybody and without the classes of mistral-common."""
+    options = {"mistral_format": False} if transformers.__version__ >= "5" else {}
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
 
 
 def directories(folder: Path, count: int) -> Iterator[Drawn]:
