@@ -53,11 +53,10 @@ def lost(
         at = found.at if part is None else at
     losses += [Loss("content", one) for one in _printed_none(messages, text, variables)]
     everything = _Found(text)
-    return losses + [
-        Loss(name)
-        for name, said in (("tools", _tools(variables)), ("documents", _leaves(variables.get("documents"))))
-        if not all(everything.has(one) for one in said)
-    ]
+    for name, said in (("tools", _tools(variables)), ("documents", _leaves(variables.get("documents")))):
+        if not all(everything.has(one) for one in said):
+            losses.append(Loss(name))
+    return list(dict.fromkeys(losses))
 
 
 @dataclass(slots=True)
