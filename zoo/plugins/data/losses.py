@@ -53,9 +53,8 @@ def lost(
         at = found.at if part is None else at
     losses += [Loss("content", one) for one in _printed_none(messages, text, variables)]
     everything = _Found(text)
-    for name, said in (("tools", _tools(variables)), ("documents", _leaves(variables.get("documents")))):
-        if not all(everything.has(one) for one in said):
-            losses.append(Loss(name))
+    beside = {"tools": _tools(variables), "documents": list(_leaves(variables.get("documents")))}
+    losses += [Loss(name) for name, said in beside.items() if not all(map(everything.has, said))]
     return list(dict.fromkeys(losses))
 
 
