@@ -12,7 +12,7 @@ from zoo.core.formats import Record, Remark, Sample
 from zoo.core.tokenizer import GUARD, Tokenizer
 from zoo.plugins.data.forms import forms
 from zoo.plugins.data.losses import lost
-from zoo.plugins.data.markers import lacking, spelt_in_turns
+from zoo.plugins.data.markers import lacking, named, spelt_in_turns
 from zoo.plugins.data.spans import Span, Turns
 from zoo.plugins.data.turns import ASSISTANT, UNTRAINED, Message, call_of, described, from_json, is_trained
 
@@ -102,13 +102,13 @@ class Conversation:
     def _on_markers(self, text: str, offsets: Sequence[Span]) -> Iterator[Remark]:
         spelt = spelt_in_turns(_texts(self.messages), text, self.tokenizer.special)
         if spelt:
-            yield Remark("conversations that spell out special tokens, which stay characters", " ".join(spelt))
+            yield Remark("conversations that spell out special tokens, which stay characters", named(spelt))
         missing = lacking(text, offsets, besides=spelt)
         if missing:
             yield Remark(
                 "conversations in which the chat template writes markers that the vocabulary lacks, so that they are "
                 "characters; give another template with --chat-template FILE",
-                " ".join(missing),
+                named(missing),
             )
 
 

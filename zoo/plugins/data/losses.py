@@ -53,11 +53,9 @@ def lost(
         at = found.at if part is None else at
     losses += [Loss("content", one) for one in _printed_none(messages, text, variables)]
     everything = _Found(text)
-    return losses + [
-        Loss(name)
-        for name, said in (("tools", _tools(variables)), ("documents", _leaves(variables.get("documents"))))
-        if not all(everything.has(one) for one in said)
-    ]
+    beside = {"tools": _tools(variables), "documents": list(_leaves(variables.get("documents")))}
+    losses += [Loss(name) for name, said in beside.items() if not all(map(everything.has, said))]
+    return list(dict.fromkeys(losses))
 
 
 @dataclass(slots=True)

@@ -13,6 +13,9 @@ from zoo.core.tokenizer import GUARD
 _SHAPE = r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|<(?:start|end)_of_turn>"
 """What special tokens of chats look like in one vocabulary or another."""
 
+NAMED = 5
+"""So many markers are named at a place."""
+
 _SHAPED = re.compile(_SHAPE)
 
 
@@ -22,14 +25,8 @@ def spelt_in_turns(texts: Iterable[str], rendered: str, special: Collection[str]
     Those of this vocabulary are broken by GUARD in the rendering, and only those that were to stay characters.
     """
     foreign = {found for text in texts for found in _SHAPED.findall(text) if found not in special}
-    longest = max(map(len, special), default=0)
-    broken = set()
-    at = rendered.find(GUARD)
-    while at >= 0:
-        said = rendered[at - 1 : at + 2 * longest].replace(GUARD, "")
-        broken.add(max((token for token in special if said.startswith(token)), key=len, default=""))
-        at = rendered.find(GUARD, at + 1)
-    return sorted(foreign | broken - {""})
+    broken = {token for token in special if token[:1] + GUARD + token[1:] in rendered} if GUARD in rendered else set()
+    return sorted(foreign | broken)
 
 
 def spelt_remarks(texts: Iterable[str], ids: Collection[int], special: Mapping[str, int]) -> list[Remark]:
@@ -37,7 +34,12 @@ def spelt_remarks(texts: Iterable[str], ids: Collection[int], special: Mapping[s
     pattern = _pattern(tuple(special))
     found = sorted({one for text in texts for one in pattern.findall(text) if special.get(one) not in ids})
     kind = "texts that spell out special tokens, which stay characters; give conversations as column messages"
-    return [Remark(kind, " ".join(found))] if found else []
+    return [Remark(kind, named(found))] if found else []
+
+
+def named(markers: Sequence[str]) -> str:
+    """Name the first markers of many."""
+    return " ".join([*markers[:NAMED], *(["..."] if len(markers) > NAMED else [])])
 
 
 def lacking(text: str, offsets: Sequence[tuple[int, int]], *, besides: Collection[str]) -> list[str]:
