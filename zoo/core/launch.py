@@ -70,7 +70,7 @@ def launch(
     for restart in range(max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
             office = Office(Path(folder))
-            office.payload.write_text(json.dumps(payload))
+            office.payload.write_text(json.dumps(payload | {"restart": restart}))
             try:
                 _start(office, num_ranks, work, timeout_s)
             except WorkerDied as died:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zoo.core.finished import resume_after_restart
 from zoo.core.job import Job
 from zoo.core.launch import Office
 from zoo.core.plugins import Plugins
@@ -43,7 +44,11 @@ def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
 def train_as_asked(payload: dict[str, Any], office: Office) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
     with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
-        train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
+        job = Job.from_plain(payload["job"])
+        if payload["restart"] and job.checkpoint.out is not None:
+            resume = resume_after_restart(Path(job.checkpoint.out), job.checkpoint.resume)
+            job = job.replace("checkpoint", resume=resume)
+        train(job, Plugins.from_resolved(payload["plugins"]), heart)
 
 
 if __name__ == "__main__":
