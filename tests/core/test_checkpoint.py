@@ -184,6 +184,18 @@ def test_an_older_checkpoint_is_resumed_only_where_all_newer_ones_are_damaged(ch
     assert names(checkpoints)[-3:] == ["step-1", "step-10.aside", "step-2.aside"]
 
 
+def test_ranks_that_are_started_again_go_on_from_what_they_saved_since(checkpoints, tmp_path):
+    run, empty = checkpoints.run, tmp_path / "empty"
+    for resume, wanted in (
+        ("auto", "auto"),
+        ("never", "auto"),
+        (f"{checkpoints.path(2)}", "auto"),
+        (f"{checkpoints.path(10)}", f"{checkpoints.path(10)}"),
+    ):
+        assert finished.resume_after_restart(run, resume) == wanted
+        assert finished.resume_after_restart(empty, resume) == resume
+
+
 def test_one_that_an_older_zoo_saved_is_finished_without_checksums(checkpoints):
     shutil.rmtree(checkpoints.path(10))
     written(checkpoints.path(10), 10, checksums=False)

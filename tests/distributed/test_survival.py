@@ -74,7 +74,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
 @pytest.mark.dist
 def test_a_killed_rank_is_started_again_and_a_warning_of_the_cluster_saves(undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = start("finetune", *JOB, "--out", run, "--max-restarts", "1")
+    # Ranks that are started again go on from what they saved, whatever the first ones were told to resume from.
+    process = start("finetune", *JOB, "--out", run, "--max-restarts", "1", "--resume", "never")
     victim = wait_for_workers(process, run, 0)[0]
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: not os.path.exists(f"/proc/{victim}"))

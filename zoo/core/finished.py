@@ -110,6 +110,17 @@ def resume_point(run: Path, resume: str) -> Path | None:
     return found
 
 
+def resume_after_restart(run: Path, resume: str) -> str:
+    """Return what `resume` means once ranks were started again: the run's own saves go on, if there are any since."""
+    own = claimed_steps(run / "checkpoints")
+    if not own or resume == "auto":
+        return resume
+    if resume == "never":
+        return "auto"
+    found = find(Path(resume), flag="--resume ")
+    return "auto" if found is not None and own[-1] > read_progress(found)["step"] else resume
+
+
 def is_done(saved: Path | None, run: Path, steps: int) -> bool:
     """Whether a run that would go on from `saved` has been trained and saved to that many steps."""
     own = saved is not None and saved.resolve().parent == (run / "checkpoints").resolve()

@@ -72,7 +72,7 @@ def launch(
         for restart in range(max_restarts + 1):
             with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
                 office = Office(Path(folder))
-                office.payload.write_text(json.dumps(payload))
+                office.payload.write_text(json.dumps(payload | {"restart": restart}))
                 office.path.write_text(json.dumps([entry for entry in sys.path if isinstance(entry, str)]))
                 try:
                     with passed_on.to(office):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zoo.core.finished import resume_after_restart
 from zoo.core.job import Job
 from zoo.core.launcher_env import own_rank
 from zoo.core.office import Office
@@ -43,4 +44,8 @@ def serve(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path,
 
 def train_as_asked(payload: dict[str, Any], _office: Office, heart: Heart) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
-    train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
+    job = Job.from_plain(payload["job"])
+    if payload["restart"] and job.checkpoint.out is not None:
+        resume = resume_after_restart(Path(job.checkpoint.out), job.checkpoint.resume)
+        job = job.replace("checkpoint", resume=resume)
+    train(job, Plugins.from_resolved(payload["plugins"]), heart)
