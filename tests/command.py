@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+from tests.patience import PATIENCE_S
 from zoo.core.metrics import read_metrics
 
 
@@ -24,7 +25,7 @@ def start(*args, output=subprocess.PIPE, **env):
 def zoo(*args, status=0, **env):
     """`zoo ARGS` to its end; asserts the exit status and returns (stdout, stderr)."""
     process = start(*args, **env)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, f"zoo {' '.join(map(str, args))} ended with {process.returncode}\n{out}\n{err}"
     return out, err
 

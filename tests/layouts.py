@@ -53,8 +53,6 @@ VOCAB, SEQ, EXPERTS = 24, 26, 8
 """26 tokens, and the 13 of a rank of cp 2, are no multiple of most tp here."""
 IDLE = (6, 7)
 """Experts that no token goes to when the router is biased."""
-TIMEOUT_S = 400
-"""For several models one after another, or several saved runs, on eight ranks of a busy machine."""
 TOLERANCE = 1e-9
 """Of a difference, as a share of the largest number in a tensor."""
 
@@ -393,7 +391,7 @@ def differences(found, expected):
 def check(every, words):
     """Models under a layout that zoo takes against one process each; on every rank the same, together everything."""
     cases = [(chosen := choose(model, words), wanted(chosen)) for model in every]
-    answers = ranks.run(cases[0][0].degrees.world_size, compared, cases, timeout=TIMEOUT_S)
+    answers = ranks.run(cases[0][0].degrees.world_size, compared, cases)
     for model, (_, expected), *of_ranks in zip(every, cases, *answers, strict=True):
         for rank, (found, _) in enumerate(of_ranks):
             assert not found, (model, words, rank, found[:5])

@@ -1,7 +1,39 @@
-"""`python -m zoo` is `zoo`."""
+"""`python -m zoo`, and the command `zoo`."""
 
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
 import sys
 
-from zoo.cli.main import main
+from zoo.core import signals
+from zoo.core.lasting_output import outlive_readers
+from zoo.core.launcher_env import said_rank
+from zoo.core.watchdog import DEFAULT_TIMEOUT_S
 
-sys.exit(main())
+
+def main() -> int:
+    """Run this process's command line and return its exit status. A run hears signals before anything is imported."""
+    if "finetune" in sys.argv[1:]:
+        _prepare_for_a_run()
+    try:
+        from zoo.cli.main import main as run  # noqa: PLC0415  (what takes long comes last)
+    except KeyboardInterrupt:
+        signals.say("Interrupted")
+        return 130
+    return run()
+
+
+def _prepare_for_a_run() -> None:
+    signals.hear_from_the_start(signals.end_at_once)
+    outlive_readers()
+    if said_rank():
+        # Under another launcher nobody else watches the imports.
+        faulthandler.dump_traceback_later(DEFAULT_TIMEOUT_S, exit=True)
+    if os.path.exists(os.environ.get(signals.STOP_FILE, "")):
+        signals.end_at_once(signal.SIGUSR1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

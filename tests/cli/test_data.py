@@ -69,6 +69,47 @@ def test_preview_marks_what_is_trained(zoo, folder):
     assert ">>><|begin_of_text|>" in out
 
 
+def test_what_is_odd_is_a_warning_with_its_first_places_and_status_0(zoo, folder):
+    """Each kind once, however many samples have it."""
+    weighed = [ASKED, {**SAID, "weight": 0}, ASKED, SAID]
+    thought = [ASKED, {**SAID, "reasoning_content": "let me see"}]
+    rows = [
+        *[{"messages": thought}] * 5,
+        {"messages": weighed, "text": None},
+        {"messages": [ASKED, {**SAID, "role": "gpt"}, ASKED, SAID]},
+        {"text": "<|start_header_id|>user<|end_header_id|>"},
+    ]
+    (folder / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, out, err = zoo("check", "odd.jsonl")
+    assert (status, err) == (0, "")
+    places = ", ".join(f"{folder}/odd.jsonl:{line} message 2" for line in (1, 2, 3))
+    assert f"warning   5 turns whose reasoning the chat template leaves out or changes ({places}, ...)\n" in out
+    assert f"warning   1 turns of role 'gpt', which is never trained; 'assistant' is ({folder}/odd.jsonl:7 me" in out
+    assert f"({folder}/odd.jsonl:8 <|end_header_id|> <|start_header_id|>)" in out
+    assert out.count("warning ") == 3
+    found = json.loads(zoo("check", "odd.jsonl", "--json")[1])["warnings"]
+    assert sorted(kind["count"] for kind in found.values()) == [1, 1, 5]
+    _, out, _ = zoo("preview", "odd.jsonl", "--row", "5", "--count", "2")
+    assert "warning: turns whose reasoning the chat template leaves out or changes: message 2\n" in out
+    assert out.count(">>>yes<|eot_id|><<<") == 2
+
+
+def test_what_is_odd_about_the_tokenizer_is_said(zoo, folder):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+    status, out, _ = zoo("check", "good.jsonl")
+    assert status == 0
+    assert "names no eos token: texts and completions end without one" in out
+
+
+def test_a_sample_in_which_only_other_roles_speak_says_so(zoo, folder):
+    (folder / "gpt.jsonl").write_text(json.dumps({"messages": [ASKED, {**SAID, "role": "gpt"}]}))
+    status, out, _ = zoo("check", "gpt.jsonl")
+    assert status == 5
+    assert "1 turns of role 'gpt', which is never trained" in out
+    assert "1 without a trained token" in out
+
+
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [

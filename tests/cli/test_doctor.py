@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +44,19 @@ def test_this_machine_can_train(distributions, capsys):
     out = capsys.readouterr().out
     assert status == 0
     assert f"torch          {torch.__version__}" in out
-    for topic in ("python", "cores", "memory", "disk", "accelerators", "flash-attn", "gloo", "NCCL", "plugins"):
+    for topic in (
+        "python",
+        "cores",
+        "memory",
+        "disk",
+        "host name",
+        "loopback",
+        "accelerators",
+        "flash-attn",
+        "gloo",
+        "NCCL",
+        "plugins",
+    ):
         assert f"\n{topic} " in out
     assert "gloo           works" in out
 
@@ -133,6 +147,51 @@ def test_gloo_that_does_not_start_is_fatal(monkeypatch):
     finding = checkup.gloo(torch)
     assert finding.level == "fail"
     assert "Unable to resolve hostname" in finding.trouble
+
+
+@pytest.mark.parametrize(
+    ("answer", "level", "said"),
+    [
+        (["10.0.0.7", "10.0.0.7", "fd00::7"], "ok", "node-7 is 10.0.0.7 and fd00::7, looked up in "),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "warn",
+            "does not resolve (Name or service not known, after",
+        ),
+        (None, "warn", "does not resolve within 0 s: torchrun waits for it"),
+    ],
+)
+def test_the_hosts_own_name_is_looked_up(monkeypatch, answer, level, said):
+    """The answer of a name server; None for one that never answers."""
+    done = threading.Event()
+
+    def look_up(name, port):
+        assert name == "node-7"
+        if answer is None:
+            done.wait()
+        if isinstance(answer, OSError):
+            raise answer
+        return [(None, None, None, "", (address, 0)) for address in answer or ()]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(checkup, "_NAME_S", 0 if answer is None else 600)
+    finding = checkup.host_name()
+    done.set()
+    assert finding.level == level
+    assert said in f"{finding.found} {finding.trouble}"
+    assert ("/etc/hosts" in finding.fix) == (level == "warn")
+
+
+def test_a_loopback_that_is_down_is_fatal(monkeypatch):
+    assert checkup.loopback().found == "works"
+
+    def refuse(*args, **kwargs):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    finding = checkup.loopback()
+    assert (finding.level, "Network is unreachable" in finding.trouble) == ("fail", True)
 
 
 def test_a_look_that_fails_is_a_finding(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def checkpoint(tmp_path):
             2,
             ["attention.mask is full", "sliding window of 64", "leave attention.mask causal"],
         ),
-        (("llama3", "--set", "model.attention_dropout=0.1"), 5, ["attention_dropout is 0.1", "write 0"]),
+        (("llama3", "--set", "model.attention_dropout=0.1"), 2, ["attention_dropout is 0.1", "write 0"]),
         (("llama3", "--set", "model.sliding_windw=64"), 2, ["sliding_windw", "did you mean 'sliding_window'"]),
         (("llama3", "--tp", "3"), 2, ["--tp 3", "4 query heads", "--tp 1 or --tp 2"]),
         (
@@ -82,7 +83,7 @@ def checkpoint(tmp_path):
         (("llama3", "--overlong", "cut"), 2, ["data.overlong", "cut", "error, split, truncate, drop"]),
         (("llama3", "--dtype", "int8"), 2, ["int8", "float32"]),
         (("llama3", "--global-batch", "3", "--dp-shard", "2"), 2, ["--global-batch 3", "2 data-parallel", "nearest"]),
-        (("llama3", "--steps", "0"), 2, ["schedule.steps is 0", "at least 1"]),
+        (("llama3", "--steps", "0"), 2, ["schedule.steps (--steps): 0", "at least 1"]),
         (("llama3", "--resume", "nowhere"), 2, ["nowhere", "neither a run nor a checkpoint"]),
         ((), 2, ["which model?", "zoo models"]),
     ],
@@ -233,6 +234,26 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
     run_zoo("finetune", "-c", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b")
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_what_is_odd_about_the_data_is_said_before_the_first_step(tmp_path):
+    """Pieces of split conversations without a label are left out, so that no step is without one."""
+    said = {"role": "assistant", "content": "yes " * 8}
+    rows = [
+        {"messages": [{"role": "user", "content": "word " * 300}, said]},
+        {"messages": [{"role": "user", "content": "hi"}, {**said, "thinking": "hm"}]},
+    ]
+    data = tmp_path / "a.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}")
+    words = ["--data", data, "--chat-template", tmp_path / "t.jinja", "--overlong", "split", "--seq", "64"]
+    _, err = run_zoo("finetune", "llama3", *words, "--steps", "3", "--out", tmp_path / "run")
+    before = err[: err.index("step 1/3")]
+    assert re.search(r"\nrows .*; \d+ pieces without a label left out\nwarning ", before)
+    assert "turns whose reasoning the chat template leaves out or changes" in before
+    assert "markers that the vocabulary lacks" in before
+    assert err.count("\nrows ") == 2
+    assert all(metrics["trained_tokens"] > 0 for metrics in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_keeps_what_was_saved(tmp_path):

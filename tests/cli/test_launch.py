@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+from tests.patience import PATIENCE_S
 from zoo.cli import main as shell
 from zoo.core.cluster_scripts import ClusterJob, pytorch_job, slurm_script
 
@@ -119,13 +120,13 @@ def test_a_warning_reaches_the_ranks_and_what_they_saved_is_requeued(cluster, tm
     pretend(tmp_path, "torchrun", f"exec {sys.executable} -c {shlex.quote(code)}")
     (tmp_path / "job.sh").write_text(slurm_script(ClusterJob(words=JOB, name="x", nodes=1, gpus_per_node=1), {}))
     process = subprocess.Popen(["bash", "job.sh"], env=cluster, cwd=tmp_path, start_new_session=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(PATIENCE_S) == 75
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -122,7 +123,11 @@ def test_the_hub_gives_a_directory(zoo, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert zoo("import", "owner/name", tmp_path / "out")[0] == 0
     assert asked["id"] == "owner/name"
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"][:-1])
+    wanted = ["config.json", "vocab.txt", "spiece.model", "LICENSE", "Notice.md", "additional_chat_templates/a.jinja"]
+    others = ["modeling.py", "LICENSE.py", "notice.bin", "pytorch_model.bin", "README.md", "adapter_model.safetensors"]
+    others += [f"{folder}/config.json" for folder in ("original", "add", "additional_chat_templates2", "a/b")]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b/c", "/abs/path", "plain", "a/..", "a b/c", ""])

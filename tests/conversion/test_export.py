@@ -58,6 +58,9 @@ def test_round_trip_bit_for_bit(tmp_path, rope, tied):
     assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
     tokens = torch.arange(100)[None]
     with torch.no_grad():
+        for parameter in (*before.parameters(), *after.parameters()):
+            # Where in a file a tensor lay may decide in which order its numbers are added.
+            parameter.data = parameter.clone()
         assert torch.equal(before(tokens).logits, after(tokens).logits)
 
     configs = [AutoConfig.from_pretrained(directory).to_dict() for directory in (source, out)]
@@ -71,7 +74,7 @@ def test_files_are_copied_byte_for_byte(checkpoint, tmp_path):
     (checkpoint / "modeling_evil.py").write_text("raise SystemExit")
     export(load_ours(checkpoint), checkpoint, out)
     copied = {path.name for path in out.iterdir()}
-    assert copied == {path.name for path in checkpoint.iterdir()} - {"modeling_evil.py"}
+    assert copied == {path.name for path in checkpoint.iterdir()} - {"modeling_evil.py"} | {"zoo-checksums.txt"}
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",

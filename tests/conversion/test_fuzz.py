@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tools.fuzz_cases import Case, bases, mutate
 from tools.fuzz_conversion import Fuzz, Watch
 from zoo.conversion import directory, files, strict_json
@@ -36,7 +37,9 @@ def test_broken_checkpoints_end_in_one_line():
     """In a process of its own: the watch cannot be taken off again, nor the limit of memory."""
     command = [sys.executable, str(TOOL), "--examples", "600", "--seed", "1", "--no-extremes"]
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # thousands of small files
-    done = subprocess.run(command, env=os.environ | memory, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=os.environ | memory, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["failures"] == 0

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from zoo.conversion import files as files_module, transfer as transfer_module
+from tests.patience import PATIENCE_S
+from zoo.conversion import files as files_module
 from zoo.conversion.directory import open_directory
 from zoo.conversion.files import copy_file
 from zoo.conversion.headers import read_header
@@ -301,6 +302,46 @@ def test_links_out_of_the_directory_are_not_followed(checkpoint, tmp_path, name)
     assert str(secret) in message
 
 
+def test_templates_with_a_name_stay_in_their_folder(checkpoint, tmp_path):
+    folder, secret = checkpoint / "additional_chat_templates", tmp_path / "secret"
+    secret.write_text("mine")
+    folder.mkdir()
+    (folder / "own.jinja").write_text("{{ messages }}")
+    (folder / "alias.jinja").symlink_to("own.jinja")
+    for name in (".hidden.jinja", "code.py", "a b.jinja", "deep"):
+        (folder / name).mkdir() if name == "deep" else (folder / name).write_text("x")
+    names = [name for name in open_directory(checkpoint).files if "/" in name]
+    assert names == ["additional_chat_templates/alias.jinja", "additional_chat_templates/own.jinja"]
+    (folder / "evil.jinja").symlink_to(secret)
+    assert f"{folder / 'evil.jinja'}: a link out of its directory" in refusal(checkpoint)
+    (folder / "evil.jinja").unlink()
+    os.mkfifo(folder / "evil.jinja")
+    assert "not a regular file" in refusal(checkpoint)
+    (folder / "evil.jinja").unlink()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert f"{folder}: a link" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("planted", ["folder", "link"])
+def test_a_folder_of_templates_where_the_target_grows_is_written_anew(checkpoint, tmp_path, planted):
+    victim, growing = tmp_path / "victim", tmp_path / ".out.unfinished"
+    for folder in (checkpoint / "additional_chat_templates", victim, growing):
+        folder.mkdir()
+    (checkpoint / "additional_chat_templates/own.jinja").write_text("{{ messages }}")
+    if planted == "link":
+        (growing / "additional_chat_templates").symlink_to(victim)
+    else:
+        (growing / "additional_chat_templates").mkdir()
+        (growing / "additional_chat_templates/left.jinja").write_text("left")
+    opened = open_checked(str(checkpoint), Registry(Plugins.load()))
+    transfer(opened, HfConverter(), tmp_path / "out")
+    found = {path.name: path.read_text() for path in (tmp_path / "out/additional_chat_templates").iterdir()}
+    assert found == {"own.jinja": "{{ messages }}"}
+    assert not (tmp_path / "out/additional_chat_templates").is_symlink()
+    assert not any(victim.iterdir())
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
 def test_pipes_directories_and_loops_do_not_hang(checkpoint, name):
     file = checkpoint / name
@@ -327,7 +368,7 @@ def test_a_pipe_that_takes_a_files_place_at_the_last_moment(checkpoint, monkeypa
     opened = threading.Thread(target=lambda: refusals.append(refusal(checkpoint)), daemon=True)
     refusals = []
     opened.start()
-    opened.join(timeout=5)
+    opened.join(PATIENCE_S)
     assert refusals
     assert "not a regular file" in refusals[0]
 
@@ -404,8 +445,7 @@ FIELDS = (
 def test_hostile_fields_are_refused_before_a_model_is_built(checkpoint, name, value, monkeypatch):
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    for module in (inventory, transfer_module):
-        monkeypatch.setattr(module, "meta_model", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(inventory, "meta_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ZooError) as error:
         open_checked(str(checkpoint), Registry(Plugins.load()))
     message = str(error.value)
@@ -467,7 +507,7 @@ def test_a_tied_copy_without_its_original(checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["model.embed_tokens.weight"]
     save_file(tensors, checkpoint / "model.safetensors")
-    with pytest.raises(DataError, match="lacks model.embed_tokens.weight"):
+    with pytest.raises(DataError, match="embed_tokens.weight is there under its second name only, lm_head.weight"):
         open_checked(str(checkpoint), Registry(Plugins.load()))
 
 

@@ -134,10 +134,14 @@ def test_a_snapshot_made_by_hand_needs_no_network(zoo, hub, saved, tmp_path, mon
     for number, file in enumerate(saved.iterdir()):
         shutil.copy(file, repo / f"blobs/{number}")
         (repo / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{number}")
+    (repo / "blobs/template").write_text("{{ messages }}")
+    (repo / "snapshots" / commit / "additional_chat_templates").mkdir()
+    (repo / "snapshots" / commit / "additional_chat_templates/x.jinja").symlink_to("../../../blobs/template")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     assert zoo("import", NAME, tmp_path / "out")[0] == 0
     assert zoo("import", f"{NAME}@{commit}", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again/additional_chat_templates/x.jinja").read_text() == "{{ messages }}"
     assert hub.asked == []
 
 
@@ -207,7 +211,7 @@ def test_push_makes_a_repository(zoo, hub, token, source, tmp_path):
     repo = hub.repos[NAME]
     assert repo.private
     assert {name: content for name, content in repo.files.items() if name != ".gitattributes"} == {
-        path.name: path.read_bytes() for path in out.iterdir()
+        path.name: path.read_bytes() for path in out.iterdir() if path.name != "zoo-checksums.txt"
     }
     assert TOKEN not in said + err
     assert sum("/commit/" in line for line in hub.asked) == 1
@@ -269,6 +273,46 @@ def test_a_push_that_fails_leaves_the_export_and_the_repository(
     result = zoo("export", source, tmp_path / "out", "--push", NAME, "--private")
     failed_push(result, tmp_path / "out", word, "is whole", "--private")
     assert hub.repos.get(NAME, Repo()).files.keys() <= {".gitattributes"}
+
+
+OWN = {
+    "additional_chat_templates/tool_use.jinja": b"{{ messages }}",
+    "LICENSE": b"terms",
+    "Notice.txt": b"notice",
+    "sentencepiece.bpe.model": b"pieces",
+    "vocab.txt": b"words",
+}
+
+
+def test_templates_with_a_name_licences_and_every_vocabulary_come_over_and_go_back(
+    zoo, hub, published, token, tmp_path
+):
+    others = dict.fromkeys(["additional_chat_templates/deeper/x.jinja", "other/x.jinja", "LICENSE.py"], b"not fetched")
+    published.files |= OWN | others
+    assert zoo("import", NAME, tmp_path / "out")[0] == 0
+    assert OWN.keys() <= fetched(hub)
+    assert not others.keys() & fetched(hub)
+    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in OWN.items())
+    assert zoo("export", tmp_path / "out", tmp_path / "back", "--push", "owner/back")[0] == 0
+    assert {name: hub.repos["owner/back"].files[name] for name in OWN} == OWN
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["additional_chat_templates/tool_use.jinja", "chat_template.json", "added_tokens.json", "adapter_config.json"],
+)
+def test_a_push_does_not_go_beside_what_loaders_prefer(zoo, hub, token, source, tmp_path, name):
+    hub.repos[NAME] = Repo({name: b"{}", "LICENSE": b"terms"})
+    result = zoo("export", source, tmp_path / "out", "--push", NAME)
+    failed_push(result, tmp_path / "out", f"already has {name}", "delete it there first")
+    assert hub.repos[NAME].files == {name: b"{}", "LICENSE": b"terms"}
+
+
+def test_an_adapter_of_the_hub_is_named_as_one(zoo, hub, tmp_path):
+    config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}).encode()
+    hub.repos[NAME] = Repo({"adapter_config.json": config, "adapter_model.safetensors": b"not to be fetched"})
+    refused(zoo("import", NAME, tmp_path / "out"), "is an adapter of owner/base", "merge_and_unload")
+    assert fetched(hub) == {"adapter_config.json"}
 
 
 def test_a_push_does_not_go_on_top_of_what_it_has_not_seen(zoo, hub, token, source, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.patience import PATIENCE_S
 from zoo.core.batch import Row, collate, row_mask
 from zoo.core.contracts import IGNORE, PADDING, Setup
 from zoo.core.errors import DataError
@@ -79,7 +80,7 @@ def _feed(stream, steps, adapter=None, **kwargs):
 
 
 def _until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()

@@ -1,16 +1,17 @@
 """What a launcher makes of the ends of its ranks."""
 
+import os
+import signal
+import sys
+
 import pytest
 
-from zoo.core.errors import NumericsError, SavedOnSignal, UsageError, ZooError
-from zoo.core.launch import TRAINING, Office, WorkerDied
-
-
-class Failure:
-    """What torch raises when ranks failed: exit codes by rank."""
-
-    def __init__(self, **exit_codes):
-        self.failures = {int(rank[1:]): type("Ended", (), {"exitcode": code}) for rank, code in exit_codes.items()}
+from zoo.core import rank_processes
+from zoo.core.bootstrap import start_file
+from zoo.core.errors import DataError, NumericsError, SavedOnSignal, UsageError, ZooError
+from zoo.core.launch import TRAINING, WorkerDied, verdict
+from zoo.core.office import Office
+from zoo.core.rank_processes import RankProcesses
 
 
 @pytest.mark.parametrize("error", [UsageError("a"), NumericsError("b", 3), SavedOnSignal("c"), ZooError("d")])
@@ -18,7 +19,7 @@ def test_a_ranks_own_word_is_raised_as_it_is(tmp_path, error):
     office = Office(tmp_path)
     office.report(0, RuntimeError("connection closed by peer"))
     office.report(1, error)
-    found = office.verdict(Failure(r0=1, r1=1), TRAINING)
+    found = verdict(office, {0: 1, 1: 1}, TRAINING)
     assert type(found) is type(error)
     assert str(found) == str(error)
 
@@ -26,7 +27,7 @@ def test_a_ranks_own_word_is_raised_as_it_is(tmp_path, error):
 def test_a_killed_rank_comes_before_what_its_peers_say_of_it(tmp_path):
     office = Office(tmp_path)
     office.report(0, RuntimeError("connection closed by peer"))
-    found = office.verdict(Failure(r0=1, r1=-9), TRAINING)
+    found = verdict(office, {0: 1, 1: -9}, TRAINING)
     assert isinstance(found, WorkerDied)
     assert found.what == "rank 1 was killed by SIGKILL (often: out of memory)"
     assert str(found).endswith("The same command resumes from the last finished checkpoint")
@@ -35,6 +36,50 @@ def test_a_killed_rank_comes_before_what_its_peers_say_of_it(tmp_path):
 def test_an_unexpected_exception_is_the_death_of_its_rank(tmp_path):
     office = Office(tmp_path)
     office.report(2, KeyError("x"))
-    found = office.verdict(Failure(r2=1), TRAINING)
+    found = verdict(office, {2: 1}, TRAINING)
     assert found.what == "rank 2 failed: KeyError: 'x'"
     assert "ZOO_DEBUG=1 shows where" in str(found)
+
+
+def test_a_rank_that_could_not_start_is_quoted_and_its_peers_are_not_blamed(tmp_path):
+    office = Office(tmp_path)
+    office.report(0, RuntimeError("connection closed by peer"))
+    office.check_in(0)
+    start_file(tmp_path, 1).write_text('Traceback:\n  File "random.py", line 1, in <module>\nRuntimeError: not yours\n')
+    found = verdict(office, {1: 1, 0: 1}, TRAINING)
+    assert found.what == (
+        "rank 1 ended with status 1 before it could say why; its last words: RuntimeError: not yours "
+        '(File "random.py", line 1, in <module>)'
+    )
+
+
+def test_ranks_that_the_launcher_ends_are_no_cause(monkeypatch):
+    monkeypatch.setattr(rank_processes, "_GRACE_S", 0.2)
+    script = "import os, sys, time; time.sleep(600) if os.environ['RANK'] == '0' else sys.exit(3)"
+    with RankProcesses([sys.executable, "-c", script], 2, {}) as ranks:
+        assert ranks.wait(given_up=lambda: False) == {1: 3}
+        left = ranks.pids
+    assert not [pid for pid in left if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize("code", [75, -signal.SIGTERM, -signal.SIGHUP])
+def test_ranks_that_end_by_a_wish_to_stop_in_their_start_are_no_failure(tmp_path, code):
+    office = Office(tmp_path)
+    office.stopping.touch()
+    office.report(0, RuntimeError("connection closed by peer"))
+    found = verdict(office, {1: code, 0: 1}, TRAINING)
+    assert type(found) is SavedOnSignal
+    assert str(found).startswith("nothing to save yet; the same command starts it")
+
+
+def test_a_rank_that_somebody_ends_while_nobody_asked_to_stop_was_killed(tmp_path):
+    assert verdict(Office(tmp_path), {1: -signal.SIGTERM}, TRAINING).what == "rank 1 was killed by SIGTERM"
+
+
+def test_a_plugins_own_error_does_not_stand_in_for_one_of_zoo(tmp_path):
+    class Mine(DataError):
+        """Like those that plugins define."""
+
+    office = Office(tmp_path)
+    office.report(0, Mine("a"))
+    assert type(verdict(office, {0: 1}, TRAINING)) is DataError

@@ -251,7 +251,8 @@ def test_the_state_of_a_rank_is_what_is_said_of_it(model, words):
     assert max(found) == pytest.approx(said, rel=slack)
 
 
-def test_state_that_cannot_fit_ends_with_3_and_says_how_much_it_is(capsys):
+def test_state_that_cannot_fit_ends_with_3_and_says_how_much_it_is(capsys, monkeypatch):
+    monkeypatch.setattr("zoo.core.machine.memory_bytes", lambda: 10**12)
     status = main(["plan", "llama3", "--size", "70b", "--from", "scratch", "--data", "stdlib", "--dtype", "bfloat16"])
     said = capsys.readouterr().err
     assert status == 3

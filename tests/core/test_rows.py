@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from zoo.core import windows
-from zoo.core.contracts import IGNORE, Record
+from zoo.core.contracts import IGNORE, Record, Remark
 from zoo.core.corpus import Corpus
 from zoo.core.errors import DataError
 from zoo.core.packing import Document, best_fit_decreasing
+from zoo.core.remarks import Remarks
 from zoo.core.rows import RowStream
 
 PAD = 10_000_000
@@ -86,9 +88,15 @@ longer = st.lists(st.lists(st.integers(4, 60), max_size=12), min_size=1, max_siz
 
 @settings(max_examples=60, deadline=None)
 @given(corpora, st.integers(2, 40), st.integers(0, 5))
-def test_every_token_appears_once_an_epoch(shards, seq, seed):
+def test_every_token_appears_once_an_epoch_but_for_pieces_of_one_token(shards, seq, seed):
+    """Which no token comes before, so that they train nothing."""
     source, _ = numbered(shards)
-    expected = sorted(t for part in source.parts for r in part for t in range(r["first"], r["first"] + r["length"]))
+
+    def kept(record):
+        length, one_left = record["length"], record["length"] > seq and record["length"] % seq == 1
+        return range(record["first"], record["first"] + length - one_left)
+
+    expected = sorted(token for part in source.parts for record in part for token in kept(record))
     with stream_of(source, seq=seq, seed=seed) as stream:
         rows = epoch_of(stream)
     seen = sorted(t for row in rows for a, b in row.documents for t in row.tokens[a:b].tolist())
@@ -190,6 +198,78 @@ def test_overlong_samples_are_treated_as_said_and_counted(overlong, kept, counts
         "split": 0, "truncated": 0, "dropped": 0, **counts
     }  # fmt: skip
     assert stats.tokens == epochs * (kept + 5)
+
+
+def test_pieces_without_a_label_are_left_out_and_counted():
+    """A long prompt, then an answer: of five pieces of 16 tokens only those that hold some of the answer are rows."""
+    source, _ = numbered([[80, 5, 66]])
+
+    def answered(record):
+        first, length = record.fields["first"], record.fields["length"]
+        return to_document(record, trained=lambda t: (t - first >= 40) & (t - first < 48) if length > 16 else t >= 0)
+
+    with stream_of(source, convert=answered) as stream:
+        rows = epoch_of(stream)
+        epochs, stats = stream.epoch + 1, stream.stats
+    assert (stats.split, stats.unlabelled) == (2 * epochs, (4 + 4) * epochs)
+    documents = [row.labels[a:b] for row in rows for a, b in row.documents]
+    assert len(documents) == 3
+    assert all((labels != IGNORE).any() for labels in documents)
+    # The first token of a piece is the label of none, so the answer's eight tokens in one piece are eight labels.
+    assert sum(row.trained_tokens for row in rows) == 8 + 8 + 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpora, st.integers(2, 12), st.integers(0, 25), st.integers(2, 9))
+def test_rows_go_on_after_a_resume_where_pieces_are_left_out(shards, seq, stop, every):
+    source, _ = numbered(shards)
+
+    def convert(record):  # the first is trained, so that no sample is refused
+        first = record.fields["first"]
+        return to_document(record, trained=lambda t: (t - first) // 3 % every == 0)
+
+    with stream_of(source, seq=seq, convert=convert) as whole:
+        expected, counts = key(whole.take(30)), whole.stats
+        assert all((np.array(row[1]) != IGNORE).any() for row in expected)
+    with stream_of(source, seq=seq, convert=convert) as first:
+        first.take(stop)
+        saved = json.loads(json.dumps(first.state_dict()))
+    with stream_of(source, seq=seq, convert=convert) as second:
+        second.load_state_dict(saved)
+        assert key(second.take(30 - stop)) == expected[stop:]
+        assert second.stats == counts
+
+
+def test_remarks_are_counted_with_their_first_places_through_a_resume():
+    source, _ = numbered([[16] * 40])
+
+    def convert(record):
+        said = (Remark("odd lengths", "message 2"),) if record.fields["first"] % 2 else ()
+        return replace(to_document(record, trained=lambda t: t >= 0), remarks=said)
+
+    with stream_of(source, convert=convert) as stream:
+        stream.take(30)
+        saved = json.loads(json.dumps(stream.state_dict()))
+        stream.take(10)
+        counted = stream.stats.remarks
+    with stream_of(source, convert=convert) as again:
+        again.load_state_dict(saved)
+        again.take(10)
+        assert again.stats.remarks == counted
+        (line,) = again.stats.remarks.lines()
+    expected = sum(r["first"] % 2 for r in source.parts[0])
+    assert line == f"{expected} odd lengths (0:1 message 2, 0:3 message 2, 0:5 message 2, ...)"
+
+
+def test_remarks_do_not_grow_with_the_corpus():
+    """Nor with names out of the data that stand in them."""
+    remarks = Remarks()
+    for i in range(500):
+        remarks += Remarks.of(f"a.jsonl:{i}", [Remark("one kind", f"message {i}"), Remark(f"role 'user{i}'")])
+    assert sum(tally.count for tally in remarks.tallies.values()) == 1000
+    assert len(remarks.tallies) <= 17
+    assert len(json.dumps(remarks.as_json())) < 3000
+    assert Remarks.from_json(json.loads(json.dumps(remarks.as_json()))) == remarks
 
 
 def test_a_truncated_sample_without_an_answer_is_dropped_and_counted():

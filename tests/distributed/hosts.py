@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 """In a mount and a name space of its own: the names of the hosts, and which one this is."""
 
@@ -68,7 +70,7 @@ class Host:
 
 
 def ip(*words):
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
 
 
 @contextlib.contextmanager
@@ -109,4 +111,6 @@ def build(spaces, hosts):
         ip("-n", host.space, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
         ip("-n", host.space, "link", "set", "eth0", "up")
     enter = ["ip", "netns", "exec", hosts[0].space, "unshare", "--mount", "--uts", "sh", "-c", ENTER, "sh"]
-    subprocess.run([*enter, hosts[0].names, "node-0", "true"], check=True, capture_output=True, text=True, timeout=30)
+    subprocess.run(
+        [*enter, hosts[0].names, "node-0", "true"], check=True, capture_output=True, text=True, timeout=PATIENCE_S
+    )

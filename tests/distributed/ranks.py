@@ -32,6 +32,8 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 MANY_THREADS = 100
 """Every process group has threads, which outlive it. Ranks with more than so many are replaced by new ones."""
 
@@ -51,7 +53,7 @@ class RankPool:
         self._threads = 0
         """The most that a rank had after its last function."""
 
-    def run(self, world, function, *args, timeout=120.0, group=True):
+    def run(self, world, function, *args, timeout=PATIENCE_S, group=True):
         if self._threads > MANY_THREADS:
             self.end()
         joined = world if group else 0
@@ -108,7 +110,7 @@ class RankPool:
         return result
 
 
-def run(world, function, *args, timeout=120.0, group=True):
+def run(world, function, *args, timeout=PATIENCE_S, group=True):
     """Call `function(*args)` on `world` ranks of the session's pool; their results in rank order."""
     return _pool().run(world, function, *args, timeout=timeout, group=group)
 
@@ -163,22 +165,14 @@ def _serve(pipe):
 def _join(rank, world, store, timeout):
     import torch.distributed as dist
 
+    from zoo.core.world import forget_meshes
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     if dist.is_initialized():
         dist.destroy_process_group()
-    _forget_meshes()
+    forget_meshes()
     if store is not None:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
     return store
-
-
-def _forget_meshes():
-    """DTensor caches its plans with their meshes, which equal those of the next world and name groups of the last."""
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    _redistribute._gen_transform_infos.cache_clear()

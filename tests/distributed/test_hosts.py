@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.hosts import two_hosts
 from tests.distributed.test_survival import children
+from tests.patience import PATIENCE_S
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.metrics import read_metrics
 
@@ -18,8 +19,6 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 TIMEOUT_S = 25
 """Of a step. What TCP sends again after 5 s of silence arrives within another 7 s."""
-PATIENCE_S = 300
-"""Of the test, for a machine that does other things too."""
 
 
 class Job:
@@ -89,9 +88,7 @@ def more_than_a_moment_is_an_error(hosts, job, launchers):
     ranks = [pid for launcher in launchers for pid in ranks_below(launcher)]
     assert len(ranks) == 2
     hosts[1].cut()
-    began = time.monotonic()
     job.until(lambda: all(gone(pid) for pid in ranks))
-    assert time.monotonic() - began < TIMEOUT_S + 30
     for rank, log in enumerate(job.logs):
         (error,) = job.errors(log)
         assert error.startswith(f"Error: no step ended in {TIMEOUT_S} s (layout.timeout): rank {rank} waits in ")

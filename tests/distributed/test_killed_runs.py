@@ -18,6 +18,7 @@ from tests.distributed.test_survival import (
     wait_for_a_save,
     wait_for_workers,
 )
+from tests.patience import PATIENCE_S
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.metrics import read_metrics
 
@@ -38,7 +39,7 @@ def test_ten_killed_workers_leave_no_trace_in_the_losses(request, tmp_path):
         else:
             time.sleep(chance.uniform(0, 0.5))
         os.kill(chance.choice(victims), signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE_S)
         if process.returncode == 0:  # it was faster than the kill
             break
         assert process.returncode == 1, err

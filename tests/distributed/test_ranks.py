@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import ranks
+from tests.patience import PATIENCE_S
 
 
 def _total(value):
@@ -34,7 +35,7 @@ def _die_on(rank):
 
 def _hang_on(rank):
     if dist.get_rank() == rank:
-        time.sleep(60)
+        time.sleep(PATIENCE_S)
 
 
 @pytest.mark.dist
@@ -60,7 +61,8 @@ def test_a_broken_rank_is_named_and_the_next_run_works():
             with pytest.raises(ranks.RankError, match=f"(?s)rank 1.*{message}"):
                 pool.run(2, broken, 1)
         assert pool.run(2, _total, 0)[0][0] == 1
-        with pytest.raises(ranks.RankError, match=r"ranks \[0\] of 2 were not done in 1 s"):
+        # On a busy machine the other may not be done in so short a time either.
+        with pytest.raises(ranks.RankError, match=r"ranks \[0(, 1)?\] of 2 were not done in 1 s"):
             pool.run(2, _hang_on, 0, timeout=1.0)
     finally:
         pool.close()

@@ -67,13 +67,13 @@ def check(root, model, more, pairs):
     folders = {words: root / str(number) for number, words in enumerate(every)}
     every = dict(sorted(every.items(), key=lambda item: item[1].degrees.world_size))
     for words, chosen in every.items():
-        ranks.run(chosen.degrees.world_size, saved, folders[words], chosen, timeout=layouts.TIMEOUT_S)
+        ranks.run(chosen.degrees.world_size, saved, folders[words], chosen)
     wanted = layouts.wanted(every[""])
     continued = {name for name in wanted if not name.startswith("1.")}
     for words, chosen in every.items():
         befores = [before for before, after in pairs if after == words]
         asked = [folders[before] for before in befores], chosen, wanted
-        answers = ranks.run(chosen.degrees.world_size, resumed, *asked, timeout=layouts.TIMEOUT_S)
+        answers = ranks.run(chosen.degrees.world_size, resumed, *asked)
         for before, *of_ranks in zip(befores, *answers, strict=True):
             for differences, _ in of_ranks:
                 assert not differences, (before, words, differences[:5])

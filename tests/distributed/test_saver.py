@@ -11,8 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from tests import layouts
 from tests.distributed import ranks
-from zoo.core import checkpoint
+from tests.patience import PATIENCE_S
+from zoo.core import checkpoint, checksums, finished
 from zoo.core.checkpoint import Checkpoints
+from zoo.core.checksums import Checksums
+from zoo.core.errors import DataError
 from zoo.core.saver import Saver
 from zoo.core.world import host_group
 
@@ -36,7 +39,7 @@ class Gated(Checkpoints):
         self.gate = threading.Event()
 
     def write(self, *args):
-        assert self.gate.wait(60)
+        assert self.gate.wait(PATIENCE_S)
         return super().write(*args)
 
 
@@ -67,6 +70,9 @@ def saved_while_stepping(folder, chosen):
             checkpoints.gate.set()
             (ended,) = saver.wait()
             assert ended.path == folder / str(name) / "checkpoints" / f"step-{ended.step}"
+            # What ranks summed while they wrote is what is there, file by file.
+            assert finished.damage(ended.path) is None
+            assert set(Checksums.read(ended.path).sums) >= {f"state/__{rank}_0.distcp" for rank in range(4)}
             other = layouts.Run(choice)
             checkpoint.load(other.state, ended.path)
             read = tensors(other)
@@ -120,3 +126,42 @@ def test_every_rank_hears_of_a_failure_and_saves_again(tmp_path):
         assert second == (2, tmp_path / "checkpoints" / "step-2", None)
     assert Checkpoints(tmp_path, keep=2).steps() == [2]
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-2"
+
+
+def checked(folder, changed):
+    """On a rank: pieces that it reads while it loads an intact state, and what it hears of one with a changed byte."""
+    run, read, crc = layouts.Run(layouts.choose("llama", "dp_shard2")), [], checksums._crc
+    checksums._PIECE = 3000
+    Checkpoints(folder, keep=1).save(run.state, {"step": run.state.step}, {})
+    checksums._crc = lambda file, piece, buffer: read.append(piece) or crc(file, piece, buffer)
+    try:
+        checkpoint.load(run.state, folder / "checkpoints/step-0")
+        pieces = list(read)
+        if dist.get_rank() == 0:
+            content = bytearray(changed.read_bytes())
+            content[-1] ^= 1
+            changed.write_bytes(content)
+        dist.barrier()
+        before = {k: v.clone() for k, v in tensors(run).items()}
+        with pytest.raises(DataError) as error:
+            checkpoint.load(run.state, folder / "checkpoints/step-0")
+        assert all(torch.equal(before[k], v) for k, v in tensors(run).items())
+    finally:
+        checksums._crc, checksums._PIECE = crc, 32 << 20
+    return pieces, str(error.value)
+
+
+def test_ranks_read_every_byte_once_between_them_and_hear_the_same(tmp_path):
+    changed = tmp_path / "checkpoints/step-0/state/__1_0.distcp"
+    answers = ranks.run(2, checked, tmp_path, changed)
+    sums = Checksums.read(tmp_path / "checkpoints/step-0").sums
+    pieces = sorted(piece for mine, _ in answers for piece in mine)
+    assert pieces == sorted(
+        (name, start, min(3000, total.length - start))
+        for name, total in sums.items()
+        for start in range(0, total.length, 3000)
+    )
+    counts = [sum(piece.length for piece in mine) for mine, _ in answers]
+    assert max(counts) - min(counts) <= 2 * 3000
+    assert len({said for _, said in answers}) == 1
+    assert f"{changed} has CRC-32" in answers[0][1]

@@ -26,9 +26,9 @@ from zoo.core.feed import Feed
 from zoo.core.forward_backward import Counts
 from zoo.core.mesh import Degrees, Mesh
 from zoo.core.metrics import Meter, Pending
-from zoo.core.signals import StopSignals
 from zoo.core.step import StepResult, train_step
 from zoo.core.traffic import Microbatch, sent, step_traffic
+from zoo.core.world import any_rank
 from zoo.testing.traffic import Routed, Wire, compared
 
 pytestmark = pytest.mark.dist
@@ -127,7 +127,7 @@ def counted_of(every):
 def measured(world):
     """Of each layout, what `counted` returned on each rank."""
     every = [chosen for _, chosen in by_world()[world]]
-    return list(zip(*ranks.run(world, counted_of, every, timeout=layouts.TIMEOUT_S), strict=True))
+    return list(zip(*ranks.run(world, counted_of, every), strict=True))
 
 
 def test_every_layout_is_counted():
@@ -153,11 +153,10 @@ def around_a_step(rows):
         meter.add(Pending(step, result, 8, 1.0, 0.0))
     feed = SimpleNamespace(mesh=Mesh(Degrees(tp=2), "cpu"))
     counted = []
-    with StopSignals() as signals:
-        for call in (meter.flush, signals.any_rank_asked, lambda: Feed._share(feed, rows)):
-            with Wire() as wire:
-                call()
-            counted.append(wire.totals)
+    for call in (meter.flush, lambda: any_rank(False), lambda: Feed._share(feed, rows)):
+        with Wire() as wire:
+            call()
+        counted.append(wire.totals)
     return counted
 
 

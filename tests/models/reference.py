@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.rounding import rounding
 from zoo.core.contracts import Losses, ModelSpec
 from zoo.models.llama3.model import SPEC as LLAMA
 from zoo.models.mixtral.model import SPEC as MIXTRAL
@@ -171,3 +172,20 @@ def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     """The sum of the token losses, whatever else the model has to say."""
     out = model(tokens, labels=labels)
     return out.tokens if isinstance(out, Losses) else out
+
+
+def check_fp32(
+    step: Callable[[], Mapping[str, Tensor]], *found: Mapping[str, Tensor]
+) -> Callable[[str, Tensor], float]:
+    """Assert that results of fp32 are what `step` computes in fp64 but for what fp32 may be off by."""
+    share = rounding(step, torch.float32)
+    for results in found:
+        for name, value in results.items():
+            assert share(name, value) <= 1, (name, share(name, value))
+    return share
+
+
+def check_logits(ours: nn.Module, expected: Tensor, *inputs: Tensor) -> Callable[[str, Tensor], float]:
+    """The same of a model's logits and of those expected; the model is left in fp64."""
+    found = {"logits": ours(*inputs)}
+    return check_fp32(lambda: {"logits": ours.double()(*inputs)}, found, {"logits": expected})

@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from tests.models.reference import FAMILIES, draw_fields, gradients, pair
-from tests.models.test_parity import assert_logits_agree
+from tests.models.reference import FAMILIES, check_fp32, check_logits, draw_fields, gradients, pair
 from zoo.core.contracts import IGNORE, PADDING
 from zoo.core.inventory import rule_book, rules_for
 from zoo.core.weights import ModuleSource, load_into
 from zoo.models.common.moe import route
 from zoo.models.mixtral.model import SPEC
+
+TIE = 1e-5
+"""Of logits of size 1 after a hundred additions in a row, about what fp32 may be off by."""
 
 
 def spied(model, name):
@@ -44,16 +46,26 @@ def test_choices_and_weights_of_a_router_are_transformers_bit_for_bit(seed, dtyp
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_of_a_whole_model_chooses_as_in_transformers(seed):
+    """But for a choice that is nearer than fp32 can tell apart: the rounding of a machine makes it, and it is rare."""
     fields = draw_fields(seed, "mixtral")
     theirs, ours = pair(fields, seed)
     expected, found = spied(theirs, "mlp.gate"), spied(ours, "block_sparse_moe.gate")
     tokens = torch.randint(0, fields["vocab_size"], (2, 100))
     with torch.no_grad():
-        theirs(tokens), ours(tokens)
-    for logits, (_, weights, ids) in zip(found, expected, strict=True):
-        routing, _ = route(logits, fields["num_experts_per_tok"])
-        assert torch.equal(routing.ids, ids)
-        torch.testing.assert_close(routing.weights, weights, rtol=0, atol=1e-6)
+        theirs(tokens), ours(tokens), ours.double()(tokens)
+    layers, top_k = len(expected), fields["num_experts_per_tok"]
+    for logits, (_, weights, ids), exact in zip(found[:layers], expected, found[layers:], strict=True):
+        routing, _ = route(logits, top_k)
+        clear = told_apart(exact, top_k)
+        assert clear.double().mean() > 0.99
+        assert torch.equal(routing.ids[clear], ids[clear])
+        torch.testing.assert_close(routing.weights[clear], weights[clear], rtol=0, atol=TIE)
+
+
+def told_apart(logits, top_k):
+    """Tokens whose chosen experts, in their order, lie apart from each other and from the next."""
+    nearest = logits.sort(-1, descending=True).values[:, : top_k + 1].diff(dim=-1).abs().amin(-1)
+    return nearest > TIE * logits.abs().amax(-1).clamp(min=1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -63,17 +75,24 @@ def test_the_balancing_loss_and_its_gradient_are_transformers(seed):
     theirs, ours = pair(fields, seed)
     tokens = torch.randint(0, fields["vocab_size"], (1, 100))
     labels = torch.cat([tokens[:, 1:], torch.full((1, 1), IGNORE)], 1)
-    out = theirs(tokens)
-    losses = ours(tokens, labels=labels)
-    assert abs(losses.report["aux_loss"] - out.aux_loss).item() <= 1e-6
-    assert abs(losses.rows - 0.5 * out.aux_loss).item() <= 1e-6
+    out, losses = theirs(tokens), ours(tokens, labels=labels)
+    # A probability errs as a share of itself by what its logit errs, and the loss is a sum of shares of them.
+    assert losses.report["aux_loss"].item() == pytest.approx(out.aux_loss.item(), rel=TIE)
+    assert losses.rows.item() == pytest.approx(0.5 * out.aux_loss.item(), rel=TIE)
     expected = functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
     # Of little weight among a hundred token losses, it is summed with few of them.
-    (losses.tokens / 100 + losses.rows).backward()
     (expected / 100 + 0.5 * out.aux_loss).backward()
-    reference = FAMILIES["mixtral"].in_our_names(gradients(theirs))
-    for name, gradient in gradients(ours).items():
-        assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm(), name
+    reference, found = FAMILIES["mixtral"].in_our_names(gradients(theirs)), balanced(ours, tokens, labels)
+    assert found.keys() == reference.keys()
+    check_fp32(lambda: balanced(ours.double(), tokens, labels), found, reference)
+
+
+def balanced(ours, tokens, labels, positions=None):
+    """Gradients of the balancing loss and of a hundredth of the token losses."""
+    ours.zero_grad()
+    losses = ours(tokens, positions, labels=labels)
+    (losses.tokens / 100 + losses.rows).backward()
+    return {name: gradient.clone() for name, gradient in gradients(ours).items()}
 
 
 @pytest.mark.parametrize("fill", [0.2, 0.5, 0.67, 0.99])
@@ -90,16 +109,15 @@ def test_padding_counts_in_no_number_as_with_transformers_mask(fill):
     spies = spied(theirs, "mlp.gate")
     out = theirs(tokens, attention_mask=mask)
     losses = ours(tokens, positions, labels=labels)
-    assert losses.report["aux_loss"].item() == pytest.approx(out.aux_loss.item(), rel=1e-6)
+    assert losses.report["aux_loss"].item() == pytest.approx(out.aux_loss.item(), rel=TIE)
     chosen = torch.cat([ids[:real].flatten() for _, _, ids in spies])
     counts = chosen.bincount(minlength=fields["num_local_experts"])
     torch.testing.assert_close(losses.token_report["expert_load"], counts.double() / len(chosen))
     expected = functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    (losses.tokens / 100 + losses.rows).backward()
     (expected / 100 + 0.5 * out.aux_loss).backward()
     reference = FAMILIES["mixtral"].in_our_names(gradients(theirs))
-    for name, gradient in gradients(ours).items():
-        assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm(), name
+    found = balanced(ours, tokens, labels, positions)
+    check_fp32(lambda: balanced(ours.double(), tokens, labels, positions), found, reference)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,7 @@ def test_logits_are_transformers_at_every_window_and_with_a_single_choice(window
     theirs, ours = pair(fields)
     tokens = torch.randint(0, fields["vocab_size"], (2, 30))
     with torch.no_grad():
-        assert_logits_agree(ours(tokens), theirs(tokens).logits)
+        check_logits(ours, theirs(tokens).logits, tokens)
 
 
 def test_one_expert_is_a_dense_model():
@@ -133,7 +151,7 @@ def test_one_expert_is_a_dense_model():
     theirs, ours = pair(fields)
     tokens = torch.randint(0, fields["vocab_size"], (2, 30))
     with torch.no_grad():
-        assert_logits_agree(ours(tokens), theirs(tokens).logits)
+        check_logits(ours, theirs(tokens).logits, tokens)
 
 
 class Files:

@@ -1,4 +1,4 @@
-"""Logits and gradients of every family against transformers' own model in fp32."""
+"""Logits and gradients of every family against transformers' own model in fp32: as near to fp64 as fp32 can be."""
 
 from __future__ import annotations
 
@@ -6,60 +6,48 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.models.reference import FAMILIES, ROPES, draw_fields, family_of, gradients, pair, token_loss
+from tests.models.reference import (
+    FAMILIES,
+    ROPES,
+    check_fp32,
+    check_logits,
+    draw_fields,
+    family_of,
+    gradients,
+    pair,
+    token_loss,
+)
+from tests.rounding import rounding
 from zoo.core.contracts import IGNORE
 
 SEEDS = 24
 
 
-def assert_logits_agree(found, expected):
-    assert (found - expected).abs().max() <= 5e-6 * max(1.0, expected.abs().max().item())
-
-
+@pytest.mark.parametrize("width", [0.1, 0.05])
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_transformers(family, seed):
-    fields = draw_fields(seed, family)
-    theirs, ours = pair(fields, seed)
-    tokens = torch.randint(0, fields["vocab_size"], (2, 100))
-    expected = theirs(tokens).logits
-    assert_logits_agree(ours(tokens), expected)
+def test_logits_and_gradients_are_transformers(family, seed, width):
+    """Both are off from our fp64 by no more than fp32 may be.
 
-    found, reference = all_gradients(fields, ours, theirs, tokens)
-    assert found.keys() == reference.keys()
-    for name, gradient in reference.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_that_cancel_are_as_close_to_the_truth_as_transformers(family, seed):
-    """With narrow weights a key's gradient is a small difference of large numbers; fp32 has few digits of it.
-
-    There transformers itself is up to 2e-5 away from what fp64 says, and no fp32 could agree with it to 1e-5.
+    With narrow weights a key's gradient is a small difference of large numbers; fp32 has few digits of it, ours and
+    transformers' not the same ones. How few, the data say.
     """
-    fields = draw_fields(seed, family) | {"initializer_range": 0.05}
+    fields = draw_fields(seed, family) | {"initializer_range": width}
     theirs, ours = pair(fields, seed)
     tokens = torch.randint(0, fields["vocab_size"], (2, 100))
-    found, reference = all_gradients(fields, ours, theirs, tokens)
-    ours.double().zero_grad()
-    token_loss(ours, tokens, next_tokens(tokens)).backward()
-    for name, truth in gradients(ours).items():
-        error, theirs_error = ((found[name] - truth).norm(), (reference[name] - truth).norm())
-        assert error <= max(1e-5 * truth.norm(), 1.5 * theirs_error), name
+    labels = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), IGNORE)], 1)
+    found, expected = results(ours, tokens, labels), {"logits": theirs(tokens).logits}
+    functional.cross_entropy(expected["logits"].flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    expected |= family_of(fields).in_our_names(gradients(theirs))
+    assert found.keys() == expected.keys()
+    check_fp32(lambda: results(ours.double(), tokens, labels), found, expected)
 
 
-def all_gradients(fields, ours, theirs, tokens):
-    """Gradients of the summed token losses by our names: ours, and transformers'."""
-    labels = next_tokens(tokens)
+def results(ours, tokens, labels):
+    """Logits, and gradients of the summed token losses by name."""
+    ours.zero_grad()
     token_loss(ours, tokens, labels).backward()
-    functional.cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    found = {name: gradient.clone() for name, gradient in gradients(ours).items()}
-    return found, family_of(fields).in_our_names(gradients(theirs))
-
-
-def next_tokens(tokens):
-    return torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), IGNORE)], 1)
+    return {"logits": ours(tokens), **{name: gradient.clone() for name, gradient in gradients(ours).items()}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,14 +67,17 @@ def test_dynamic_rope_beyond_the_native_length_is_transformers(family):
     theirs, ours = pair(fields)
     tokens = torch.randint(0, fields["vocab_size"], (1, 130))
     with torch.no_grad():
-        assert_logits_agree(ours(tokens), theirs(tokens).logits)
         short = ours(tokens[:, :40])
-        assert torch.equal(short, ours(tokens[:, :40])), "a long call must leave nothing behind"
+        check_logits(ours, theirs(tokens).logits, tokens)
+        assert torch.equal(short, ours.float()(tokens[:, :40])), "a long call must leave nothing behind"
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.routes])
 def test_bfloat16_is_close_to_transformers(family, tmp_path):
-    """Not where tokens choose experts: a choice that rounding flips changes more than any bound would allow."""
+    """Not where tokens choose experts: a choice that rounding flips changes more than any bound would allow.
+
+    Processors keep the sums of a bfloat16 product in fp32.
+    """
     fields = draw_fields(3, family)
     theirs, ours = pair(fields)
     theirs.save_pretrained(tmp_path)
@@ -94,8 +85,10 @@ def test_bfloat16_is_close_to_transformers(family, tmp_path):
     tokens = torch.randint(0, fields["vocab_size"], (2, 100))
     with torch.no_grad():
         logits, expected = ours.bfloat16()(tokens), theirs(tokens).logits
-    assert logits.dtype is torch.bfloat16
-    assert (logits - expected).abs().max() <= 0.03 * expected.abs().max()
+        assert logits.dtype is torch.bfloat16
+        share = rounding(lambda: {"logits": ours.double()(tokens)}, torch.bfloat16, sums=torch.float32)
+    assert share("logits", logits) <= 1
+    assert share("logits", expected) <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,5 +99,5 @@ def test_positions_restart_like_transformers(family):
     positions = torch.cat([torch.arange(7), torch.arange(23)]).expand(2, -1)
     with torch.no_grad():
         expected = theirs(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
-        assert_logits_agree(ours(tokens, positions), expected)
-        assert (ours(tokens) - expected).abs().max() > 1e-4
+        share = check_logits(ours, expected, tokens, positions)
+        assert share("logits", ours(tokens)) > 100, "positions that go on are something else"

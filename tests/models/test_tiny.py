@@ -1,5 +1,6 @@
 """The embedded tiny checkpoints are what their READMEs say: language models of the standard library, and finders."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import zoo
+from tests.models.reference import check_logits
 from tools import tiny_card, tiny_text
 from zoo.core.errors import DataError
 from zoo.testing.recall import MARKER, NeedleTokens, found, needle_row, recall
@@ -171,4 +173,4 @@ def test_transformers_loads_it_and_agrees(model, corpus, folder):
     assert not info["unexpected_keys"]
     tokens = torch.from_numpy(corpus[1][0][None, :256])
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+        check_logits(copy.deepcopy(model), theirs(tokens).logits, tokens)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.core.attention.draw import layouts, masks
 from tests.core.attention.formula import Formula
 from tests.distributed import ranks
+from tests.rounding import rounding
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.ranges import count
@@ -331,17 +332,18 @@ def test_float32_may_travel_as_bfloat16(scheme):
     for i, wanted in enumerate(reference(x, MASKS["packed"])):
         joined = [layout.join([part[0][i] for part in parts], 2) for parts in (narrow, wide)]
         errors = [((got - wanted).norm() / wanted.norm()).item() for got in joined]
-        assert errors[1] < 1e-6 < errors[0] < 1e-2
+        # Units in the last place of either type, of which sums of a hundred make a few.
+        assert errors[1] < 16 * torch.finfo(torch.float32).eps < errors[0] < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_the_error_in_float32_does_not_grow_with_the_number_of_ranks():
+    """It is what the formula may be off by in fp32, on eight ranks as on one."""
     x = Example.random(SHAPE, LENGTH, dtype=torch.float32, device="cpu")
-    wanted, errors = reference(x, MASKS["whole"]), {}
+    share = rounding(lambda: dict(enumerate(reference(x, MASKS["whole"]))), torch.float32)
     for world in (1, 8):
         parts = ranks.run(world, _attention, Ring(), MASKS["whole"], "head_tail", torch.float32)
-        joined = [_layout("head_tail", world).join([part[0][i] for part in parts], 2) for i in range(4)]
-        errors[world] = [((got - want).norm() / want.norm()).item() for got, want in zip(joined, wanted)]
-    assert all(many < 1.5 * one for one, many in zip(errors[1], errors[8])), errors
+        for i in range(4):
+            assert share(i, _layout("head_tail", world).join([part[0][i] for part in parts], 2)) <= 1
 
 
 def _in_two_groups(scheme):

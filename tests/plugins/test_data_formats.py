@@ -149,23 +149,28 @@ def test_tools_and_variables_reach_the_template_and_other_columns_do_not(registr
         "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}"
     )
     tokenizer = made["llama3"].with_chat_template(tmp_path / "t.jinja")
-    messages = [{"role": "user", "content": "", "tool_calls": [{"id": "c1"}]}, {"role": "assistant", "content": "ok"}]
+    calls = [{"id": "c1", "function": {"name": "f"}}]
+    messages = [{"role": "user", "content": "", "tool_calls": calls}, {"role": "assistant", "content": "ok"}]
     fields = {"messages": messages, "chat_template_kwargs": {"mode": "m", "messages": []}, "prompt_id": 1}
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
         document = samples_of(registry, tokenizer)(**fields, tools=tools)
         assert runs(document, tokenizer) == [("f|m|False|c1|", False), ("ok", True)]
 
 
-def test_a_template_that_rewrites_the_past_is_refused_but_for_the_last_turn(registry, made, tmp_path):
-    """As templates do that drop the reasoning of all turns but the last."""
+def test_a_turn_in_a_template_that_rewrites_the_past_is_what_it_says(registry, made, tmp_path):
+    """As templates do that write something for the last turn only."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]{% if loop.last %}(thinking){% endif %}{{ m.content }}<|eot_id|>"
         "{% endfor %}"
     )
     tokenizer = made["llama3"].with_chat_template(tmp_path / "t.jinja")
-    message = refused(lambda: samples_of(registry, tokenizer)(messages=CHAT))
-    assert message.startswith("a.jsonl:7: the chat template writes the conversation")
-    assert "--loss-on last or all" in message
+    document = samples_of(registry, tokenizer)(messages=CHAT)
+    assert runs(document, tokenizer) == [
+        ("[user]hi<|eot_id|>[assistant]", False),
+        ("hello there<|eot_id|>", True),
+        ("[user]Paris?<|eot_id|>[assistant](thinking)", False),
+        ("yes.\n\nit is<|eot_id|>", True),
+    ]
     assert samples_of(registry, tokenizer, loss_on="all")(messages=CHAT).trained.all()
 
 
@@ -176,7 +181,8 @@ def test_a_conversation_without_an_assistant_has_nothing_trained(registry, made)
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ("hi", "column messages must be a list of messages, not a str"),
+        ({"role": "user"}, "column messages must be a list of messages, not an object with role"),
+        ("hi", "column messages is text that is not JSON; write it as JSON"),
         ([], "not an empty list"),
         ([{"content": "x"}], "message 1 of column messages must be an object with a role"),
         ([CHAT[0], "x"], "message 2 of column messages must be an object with a role and a content, not a str"),
@@ -236,7 +242,7 @@ def test_a_completion_of_messages(registry, made):
         (["text", "prompt", "meta"], "text"),
         (["messages", "prompt", "prompt_id"], "messages"),
         (["prompt", "completion"], "completion"),
-        (["instruction", "output"], None),
+        (["input", "output"], None),
         ([], None),
     ],
 )

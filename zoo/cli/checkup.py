@@ -1,12 +1,16 @@
-"""Looks at the machine and changes nothing: interpreter, torch, accelerators, collectives, cores, memory, disk."""
+"""Looks at the machine and changes nothing: interpreter, torch, accelerators, collectives, memory, disk, names."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import platform
+import queue
 import shutil
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +24,8 @@ GIB = 2**30
 _MIN_TORCH = (2, 11)
 _FREE_DISK_GIB = 5
 _SHM_GIB = 1
+_NAME_S = 5
+"""How long a name may take. One look-up that goes unanswered takes as long, and starting ranks makes several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class Finding:
 
 def machine_findings() -> list[Finding]:
     """Everything about the machine; about torch only what an import of it allows."""
-    findings = [python(), cores(), memory(), disk(Path.cwd())]
+    findings = [python(), cores(), memory(), disk(Path.cwd()), host_name(), loopback()]
     torch, trouble = _torch()
     if torch is None:
         return [*findings, trouble]
@@ -100,6 +106,46 @@ def disk(place: Path) -> Finding:
         trouble = f"less than {_FREE_DISK_GIB} GiB are free in {place}: checkpoints of all but tiny models do not fit"
         return Finding("disk", found, "warn", trouble, "--out DIRECTORY elsewhere")
     return Finding("disk", found)
+
+
+def host_name() -> Finding:
+    """Whether this host's own name resolves, and to what. Only runs on several hosts need it, and torchrun."""
+    name = socket.gethostname()
+    fix = f"a line '127.0.1.1 {name}' in /etc/hosts; on several hosts the address by which the others reach this one"
+    trouble = f"the name of this host, '{name}', does not resolve%s: torchrun waits for it, zoo on one machine does not"
+    answers: queue.Queue[set[str] | OSError] = queue.Queue()
+    began = time.monotonic()
+    # No look-up can be interrupted; a thread that is left behind ends with the process.
+    threading.Thread(target=_look_up, args=(name, answers), daemon=True).start()
+    try:
+        answer = answers.get(timeout=_NAME_S)
+    except queue.Empty:
+        return Finding("host name", f"{name}: no answer", "warn", trouble % f" within {_NAME_S} s", fix)
+    took = time.monotonic() - began
+    if isinstance(answer, OSError):
+        return Finding(
+            "host name", f"{name}: unknown", "warn", trouble % f" ({answer.strerror}, after {took:.1f} s)", fix
+        )
+    return Finding("host name", f"{name} is {' and '.join(sorted(answer))}, looked up in {1000 * took:.0f} ms")
+
+
+def _look_up(name: str, answers: queue.Queue[set[str] | OSError]) -> None:
+    try:
+        answers.put({str(found[4][0]) for found in socket.getaddrinfo(name, None)})
+    except OSError as error:
+        answers.put(error)
+
+
+def loopback() -> Finding:
+    """Whether processes of this machine can talk over 127.0.0.1, as the ranks of one machine do."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+            client.settimeout(_NAME_S)
+            client.connect(server.getsockname())
+    except OSError as error:
+        trouble = f"ranks of this machine cannot talk to each other over 127.0.0.1: {one_line(error)}"
+        return Finding("loopback", "does not work", "fail", trouble, "ip link set lo up; a firewall must let it pass")
+    return Finding("loopback", "works")
 
 
 def _torch() -> tuple[ModuleType | None, Finding]:
@@ -172,8 +218,9 @@ def gloo(torch: Any) -> Finding:
         return Finding("gloo", "in use")
     try:
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        torch.distributed.destroy_process_group()
+        with importlib.import_module("zoo.core.world").without_names():
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            torch.distributed.destroy_process_group()
     except Exception as error:
         trouble = f"ranks cannot talk to each other: {one_line(error)}"
         return Finding("gloo", "does not start", "fail", trouble, "export GLOO_SOCKET_IFNAME=lo (one machine)")

@@ -20,7 +20,9 @@ from zoo.core.rows import open_source
 from zoo.core.samples import LOSS_ON, Samples
 from zoo.core.survey import Problems, Survey, records, survey
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer_files import read_object
 from zoo.core.units import parse_tokens
+from zoo.core.vocabulary import check_vocabulary
 
 
 @click.group()
@@ -48,8 +50,12 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check(session: Session, /, path: str, seq: str, as_json: bool, **options: Any) -> None:
     """Read all of PATH and count: formats, lengths, trained tokens; name what cannot be used (then exit status 5)."""
     length = parse_tokens(seq)
-    found = survey(open_source(session.registry, path), _samples(session.registry, **options), seq=length)
-    click.echo(json.dumps(_as_json(found), indent=2) if as_json else "\n".join(_lines(found, length)))
+    samples = _samples(session.registry, **options)
+    found = survey(open_source(session.registry, path), samples, seq=length)
+    notes = samples.tokenizer.notes
+    said = _as_json(found) | {"notes": list(notes)}
+    lines = [*_lines(found, length), *(f"warning   {note}" for note in notes)]
+    click.echo(json.dumps(said, indent=2) if as_json else "\n".join(lines))
     bad = found.broken.count + found.untrained.count
     if bad or not found.tokens:
         raise DataError(f"{path}: {bad} samples cannot be used" if bad else f"{path}: no sample has any text")
@@ -68,6 +74,8 @@ def preview(session: Session, /, path: str, row: int, count: int, **options: Any
         document = samples(record)
         kinds = f"{samples.format_of(record)}, {len(document.tokens):,} tokens, {document.num_trained:,} trained"
         click.echo(f"--- {record.where}: {kinds}")
+        for remark in document.remarks:
+            click.echo(f"warning: {remark.kind}: {remark.place}".rstrip(": "))
         click.echo(_painted(document, samples.tokenizer, colour=sys.stdout.isatty()))
         shown += 1
     if not shown:
@@ -77,7 +85,11 @@ def preview(session: Session, /, path: str, row: int, count: int, **options: Any
 def _samples(
     registry: Registry, *, source: str | None, data_format: str | None, loss_on: str, chat_template: str | None
 ) -> Samples:
-    tokenizer = Tokenizer.from_directory(source or _embedded(registry), chat_template=chat_template)
+    folder = Path(source or _embedded(registry))
+    tokenizer = Tokenizer.from_directory(folder, chat_template=chat_template)
+    rows = read_object(folder / "config.json").get("vocab_size")
+    if isinstance(rows, int):
+        check_vocabulary(tokenizer, rows)
     return Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on)
 
 
@@ -114,6 +126,7 @@ def _lines(found: Survey, seq: int) -> Iterator[str]:
     for power, count in sorted(found.lengths.items()):
         yield f"  up to {2**power:>9,} tokens: {count:,}"
     yield from _problems(f"longer than a row of {seq:,} tokens (see --overlong)", found.overlong)
+    yield from (f"warning   {line}" for line in found.remarks.lines())
     yield from _problems("without a trained token (see --loss-on)", found.untrained)
     yield from _problems("broken", found.broken)
 
@@ -132,4 +145,5 @@ def _as_json(found: Survey) -> dict[str, Any]:
     for name in ("overlong", "untrained", "broken"):
         problems: Problems = getattr(found, name)
         kept[name] = {"count": problems.count, "first": problems.first}
+    kept["warnings"] = found.remarks.as_json()
     return kept

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from zoo.cli.job_options import job_options
+from zoo.core.launcher_env import speaks
 from zoo.core.plugins import Plugins
 
 
@@ -19,5 +19,5 @@ def finetune(plugins: Plugins, /, model: str | None, **flags: Any) -> None:
     from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
 
     path = api.run(plugins, model, flags, say=lambda line: click.echo(line, err=True))
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         click.echo(path)

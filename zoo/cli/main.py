@@ -9,13 +9,13 @@ import select
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from zoo.cli.session import KEY, Session
 from zoo.core.errors import PluginError, SavedOnSignal, ZooError, one_line
+from zoo.core.signals import status_for_launcher
 from zoo.core.version import __version__
 
 CORE_COMMANDS: dict[str, tuple[str, str]] = {
@@ -102,16 +102,8 @@ def cli(ctx: click.Context, no_plugin: tuple[str, ...], plugin: tuple[str, ...])
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status. No exception leaves it but SystemExit.
-
-    torchrun knows success and failure, and starts what failed again. So a rank that saved on a signal leaves its 75 in
-    the file named by ZOO_STATUS_FILE, if any, and succeeds.
-    """
-    status, file = _run(args), os.environ.get("ZOO_STATUS_FILE")
-    if status == SavedOnSignal.exit_code and file and "RANK" in os.environ:
-        Path(file).write_text(str(status))
-        return 0
-    return status
+    """Run a command line and return its exit status. No exception leaves it but SystemExit."""
+    return status_for_launcher(_run(args))
 
 
 def _run(args: Sequence[str] | None) -> int:

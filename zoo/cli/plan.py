@@ -66,7 +66,7 @@ def plan(
     sending = api.traffic(prepared) if traffic else None
     if as_json:
         more = {"traffic": sending.plain()} if sending else {}
-        shown = {"job": prepared.job.settings(), "notes": dict(prepared.notes), **more}
+        shown = {"job": prepared.job.settings(), "notes": api.notes(prepared), **more}
         click.echo(json.dumps(shown, indent=2, default=str))
         return
     click.echo("\n".join(api.head(prepared)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from functools import cached_property
 
 import click
 from click.decorators import pass_meta_key
 
+from zoo.core.launcher_env import speaks
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
 
@@ -41,7 +41,7 @@ class Session:
         """
         failed = self.plugins.failed()
         self.plugins.refuse_failed([status for status in failed if status.source.file])
-        if os.environ.get("RANK", "0") != "0":
+        if not speaks():
             return
         for note in self.plugins.notes:
             click.echo(f"warning: {note}", err=True)

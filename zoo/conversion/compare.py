@@ -15,6 +15,7 @@ from zoo.conversion.transfer import Opened, written_dtype
 from zoo.conversion.writer import Outgoing
 from zoo.core.contracts import TensorSource
 from zoo.core.errors import DataError
+from zoo.core.finished import require_intact
 from zoo.core.inventory import rule_book
 
 
@@ -23,6 +24,7 @@ def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: 
 
     `dtype` is what the copy was cast to. Raises DataError naming what differs.
     """
+    require_intact(source.checkpoint, threads=threads)
     where = f"{copy.checkpoint.path} is no copy of {source.checkpoint.path}"
     if copy.spec.name != source.spec.name or _fields(copy) != _fields(source):
         raise DataError(f"{where}: their {CONFIG} describe different models; import it again into another OUT")
@@ -41,6 +43,8 @@ def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: 
     for name in files:
         if _content(source.checkpoint.path / name) != _content(copy.checkpoint.path / name):
             raise DataError(f"{where}: {name} differs; copy that file again")
+    # What belongs to no tensor, as a header, only the checksums know.
+    require_intact(copy.checkpoint, threads=threads)
     return (
         f"{copy.checkpoint.path}: {len(tensors)} tensors and {len(files)} files are those of {source.checkpoint.path}"
     )

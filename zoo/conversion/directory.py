@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from zoo.conversion.files import open_file, read_bounded
-from zoo.conversion.headers import MAX_TENSORS, NAME, NAME_RULE
+from zoo.conversion.foreign import ADAPTER, adapter_refusal, check_quantised
+from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
+from zoo.core.checksums import Checksums
+from zoo.core.companions import companion_names, is_licence
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
+from zoo.core.finished import changed_directory
+from zoo.core.inventory import MAX_TENSORS
+from zoo.core.tokenizer_files import TEMPLATES
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GENERATION = "generation_config.json"
 
 _MAX_CONFIG = 1 << 20
 _MAX_INDEX = 10 << 20
@@ -29,16 +34,11 @@ _MAX_CONTAINERS = 10_000
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\.safetensors")
 _MODEL_TYPE = re.compile(r"[!-~]{1,64}")
 _PICKLE = re.compile(r"[\w.-]{1,120}\.(bin|pt|pth|ckpt|nemo|distcp)", re.ASCII)
-_COMPANIONS = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer\.model"
-    r"|vocab\.json|merges\.txt|chat_template\.(jinja|json)|generation_config\.json|(LICENSE|NOTICE|USE_POLICY)[\w.-]*",
-    re.ASCII,
-)
 
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a directory is meant as such a checkpoint, however broken."""
-    names = (CONFIG, SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    names = (CONFIG, SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", *ADAPTER)
     return os.path.isdir(path) and any(os.path.lexists(path / name) for name in names)
 
 
@@ -46,11 +46,15 @@ def open_directory(path: Path) -> HubCheckpoint:
     """Check everything that can be checked without a model and without reading a tensor. Raises DataError."""
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory")
+    if any(name in ADAPTER for name in _names(path)):
+        raise adapter_refusal(path)
+    checksums = _checksums(path)
     config = read_object(path / CONFIG, limit=_MAX_CONFIG)
     _check_kind(path / CONFIG, config)
+    check_quantised(path, config)
     # Code that comes with a checkpoint is never run, and must not be passed on either.
     config.pop("auto_map", None)
-    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path))
+    return HubCheckpoint(path=path, config=config, tensors=_tensors(path), files=companions(path), checksums=checksums)
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -58,10 +62,12 @@ def companions(path: Path) -> tuple[str, ...]:
 
     Raises DataError for one that is no plain file of the directory or absurdly large.
     """
-    names = [name for name in _names(path) if _COMPANIONS.fullmatch(name)]
+    names = _companion_names(path)
+    if any("/" in name for name in names) and os.path.islink(path / TEMPLATES):
+        raise DataError(f"{path / TEMPLATES}: a link in place of a folder is not followed; put the folder itself there")
     for name in names:
         _check_companion(path / name)
-    return tuple(names)
+    return names
 
 
 def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[str, Any]:
@@ -69,11 +75,40 @@ def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[st
     return parse_object(read_bounded(file, limit), f"{file}:", values=values, containers=_MAX_CONTAINERS)
 
 
+def _checksums(path: Path) -> Checksums | None:
+    """What zoo left of checksums when it wrote a directory; all but the tensors are compared. Raises DataError.
+
+    Files that are never read, as a README or a licence, may come and go.
+    """
+    found = Checksums.read(path)
+    if found is None:
+        return None
+    others = [name for name in _companion_names(path) if not is_licence(name)]
+    weights = [name for name in _names(path) if name in (CONFIG, INDEX) or _SHARD.fullmatch(name)]
+    reason = found.misfit([*weights, *others])
+    small = [name for name in found.sums if not _SHARD.fullmatch(name) and found.sums[name].length <= MAX_COMPANION]
+    reason = reason or found.changed(small)
+    if reason:
+        raise changed_directory(path, reason)
+    return found
+
+
+def _companion_names(path: Path) -> tuple[str, ...]:
+    try:
+        return companion_names(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def _names(path: Path) -> list[str]:
     try:
         return sorted(os.listdir(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror}")
 
 
 def _check_companion(file: Path) -> None:

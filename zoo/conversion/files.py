@@ -81,9 +81,8 @@ def _inside(file: Path) -> Path:
     blobs: `models--o--n/snapshots/COMMIT/config.json` is a link to `../../blobs/HASH`."""
     root = Path(os.path.realpath(file.parent, strict=True))
     real = Path(os.path.realpath(file, strict=True))
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
+    # A checkpoint may have a folder of chat templates: then the snapshot is one above.
+    roots = [root, *(s.parent.parent / "blobs" for s in (root, root.parent) if s.parent.name == "snapshots")]
     if real.parent not in roots:
         raise DataError(f"{file}: a link out of its directory, to {real}, is not followed; put the file itself there")
     return real

@@ -25,9 +25,6 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 """Stored types that hold weights, by their names in the format and in torch."""
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-MAX_TENSORS = 80_000
-"""Of a checkpoint; the largest that are published have some 70,000."""
-
 _MAX_HEADER = 8 << 20
 _MAX_IN_FILE = 20_000
 _MAX_DIMS = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, ClassVar
 
 from zoo.conversion.directory import (
     CONFIG,
-    GENERATION,
     MAX_COMPANION,
     looks_like_checkpoint,
     open_directory,
@@ -23,9 +23,12 @@ from zoo.conversion.progress import progress
 from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
+from zoo.core.checksums import Checksums, Sum, sum_of_file
+from zoo.core.companions import GENERATION
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.inventory import check_tensors, rule_book
+from zoo.core.tokenizer_files import TEMPLATES
 from zoo.core.version import __version__
 
 _MAX_CONFIG = 1 << 20
@@ -77,9 +80,11 @@ class HfConverter:
             progress(out.name, size) as tick,
         ):
             check_space(directory, size)
-            Stream(directory, source, journal, threads=threads or default_threads(), tick=tick).write(shards)
+            stream = Stream(directory, source, journal, threads=threads or default_threads(), tick=tick)
+            sums = stream.write(shards)
             _write_others(directory, spec.hub_config(config), files, outgoing, shards)
             _check_written(directory, outgoing)
+            _write_checksums(directory, sums)
 
 
 def _fingerprint(source: TensorSource, shards: Sequence[Shard]) -> str:
@@ -102,7 +107,9 @@ def _write_others(
     """Everything but tensors, anew if an earlier attempt left some of it."""
     keep = {JOURNAL, *(shard.name for shard in shards)}
     for path in directory.iterdir():
-        if path.name not in keep:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
             path.unlink()
     write_index(directory, shards)
     _copy(files, directory)
@@ -116,9 +123,11 @@ def _copy(files: Mapping[str, Path], directory: Path) -> None:
     for name, path in files.items():
         if name == CONFIG:
             continue
-        if Path(name).name != name or (directory / name).exists():
+        target = directory / name
+        if name not in (target.name, f"{TEMPLATES}/{target.name}") or target.exists():
             raise DataError(f"{name!r} cannot be copied into a checkpoint: it must be a plain name not used yet")
-        copy_file(path, directory / name, limit=MAX_COMPANION)
+        target.parent.mkdir(exist_ok=True)
+        copy_file(path, target, limit=MAX_COMPANION)
 
 
 def _config(fields: Mapping[str, Any], base: Path | None, outgoing: Sequence[Outgoing]) -> dict[str, Any]:
@@ -143,6 +152,13 @@ def _check_written(directory: Path, outgoing: Sequence[Outgoing]) -> None:
     wrong = [tensor.name for tensor in outgoing if written.dtype(tensor.name) != tensor.dtype]
     if wrong:
         raise DataError(f"{wrong[0]} reads back in another dtype than was written; check the disk and try again")
+
+
+def _write_checksums(directory: Path, shards: Mapping[str, Sum]) -> None:
+    """Of all files that were written. Those that are no shards are small, so they are read for it."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    others = [name for name in found if name not in shards and name != JOURNAL]
+    Checksums(directory, {**shards, **{name: sum_of_file(directory / name) for name in others}}).write()
 
 
 CONVERTER = HfConverter()

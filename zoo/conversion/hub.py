@@ -19,24 +19,23 @@ from huggingface_hub.errors import (
 )
 
 from zoo.core.errors import DataError
+from zoo.core.tokenizer_files import TEMPLATES
 
 LOGIN = "hf auth login"
 _REPO = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _HUB_ID = re.compile(rf"({_REPO})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,127}}))?")
+_LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 _WANTED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "LICENSE.txt",
-    "NOTICE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-    "LICENSE*",
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer.model.v*", "merges.txt", "vocab.txt"),
+    *("".join(f"[{c}{c.upper()}]" for c in word) + "*" for word in _LICENCES),
 )
-_UNWANTED = ("*/*", "consolidated*", "adapter_*")
+# Patterns cross folders and know no exception, so: whatever leaves the path of the one folder at some character.
+_UNWANTED = (
+    *("consolidated*", "adapter_model*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", f"{TEMPLATES}/*/*"),
+    *(f"{TEMPLATES[:i]}/*" for i in range(len(TEMPLATES))),
+    *(f"{TEMPLATES[:i]}[!{c}/]*/*" for i, c in enumerate(TEMPLATES)),
+    f"{TEMPLATES}[!/]*/*",
+)
 
 
 def is_hub_id(source: str) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zoo.conversion.headers import MAX_TENSORS, Header, read_header
+from zoo.conversion.headers import Header, read_header
 from zoo.conversion.ranges import Files, Place
 from zoo.core.errors import DataError
+from zoo.core.inventory import MAX_TENSORS
 from zoo.core.rules import Index
 
 _MAX_SHARDS = 2000

@@ -9,6 +9,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
 from zoo.conversion.hub import LOGIN, hub_reason, is_hub_id
+from zoo.core.checksums import NAME as CHECKSUMS
+from zoo.core.companions import ADAPTER_CONFIG, is_companion, is_licence
 from zoo.core.errors import DataError, UsageError
 
 _WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?", re.ASCII)
@@ -40,7 +42,9 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
 
 
 def _commit(api: HfApi, directory: Path, repo: str, *, private: bool) -> str:
-    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+    # The hub has checksums of its own, which follow what is changed there.
+    found = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != CHECKSUMS)
+    files = {path.relative_to(directory).as_posix(): path for path in found}
     api.create_repo(repo, private=private or None, exist_ok=True)
     parent = _checked_parent(api, repo, files, private=private)
     commit = api.create_commit(
@@ -58,17 +62,27 @@ def _checked_parent(api: HfApi, repo: str, names: Collection[str], *, private: b
     """The commit to build on, if what the repository has may stay beside the new files. Raises DataError."""
     info = api.model_info(repo)
     there = [file.rfilename for file in info.siblings or ()]
-    weights = [name for name in there if name not in names and _WEIGHTS.fullmatch(name)]
-    if weights:
+    others = [name for name in there if name not in names]
+    if weights := [name for name in others if _WEIGHTS.fullmatch(name)]:
         raise DataError(
             f"already has {weights[0]}, which would stay beside the new weights, and loaders disagree about which "
             f"count; delete it there first or take another repository"
+        )
+    if winning := [name for name in others if _is_winning(name)]:
+        raise DataError(
+            f"already has {winning[0]}, which would stay and which loaders prefer to what the new files say; delete "
+            f"it there first or take another repository"
         )
     if private and info.private is False:
         raise DataError(
             "is there already and public, and --private was asked for; make it private on its page or take another"
         )
     return info.sha
+
+
+def _is_winning(name: str) -> bool:
+    """Whether a file that is no weight changes what loaders make of a checkpoint beside it."""
+    return name == ADAPTER_CONFIG or (is_companion(name) and not is_licence(name))
 
 
 def _check_arrived(api: HfApi, repo: str, files: Mapping[str, Path], *, revision: str) -> None:

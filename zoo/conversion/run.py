@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from zoo.conversion.chunks import chunk_place
 from zoo.conversion.directory import CONFIG, companions, read_object
 from zoo.conversion.ranges import Files, Place
-from zoo.core.checkpoint import find
+from zoo.core.checksums import Checksums
 from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
+from zoo.core.finished import PROGRESS, damaged, find
 from zoo.core.rules import Index, Piece, check_cover
 
 _PREFIX = "model."
@@ -129,9 +130,9 @@ class RunConverter:
     name: ClassVar[str] = "run"
 
     def locate(self, source: str) -> Path | None:
-        """The last finished checkpoint of a run, or the checkpoint itself. Raises DataError if a run has none."""
+        """The last checkpoint of a run, or the one named. Raises DataError if there is none or it is damaged."""
         path = Path(source).expanduser()
-        if not (path / "checkpoints").is_dir() and not (path / "state").is_dir():
+        if not any((path / name).exists() for name in ("checkpoints", "state", PROGRESS)):
             return None
         found = find(path)
         if found is None:
@@ -141,9 +142,12 @@ class RunConverter:
     def open(self, path: Path) -> HubCheckpoint:
         """A checkpoint of a run. Raises DataError."""
         hub = path / "hub"
+        checksums = _checksums(path)
         config = read_object(hub / CONFIG, limit=_MAX_CONFIG)
         tensors = RunSource(path / "state")
-        return HubCheckpoint(path=hub, config=config, tensors=tensors, files=companions(hub), own_names=True)
+        return HubCheckpoint(
+            path=hub, config=config, tensors=tensors, files=companions(hub), own_names=True, checksums=checksums
+        )
 
     def export(
         self,
@@ -159,6 +163,15 @@ class RunConverter:
     ) -> None:
         """Raises UsageError: training writes runs."""
         raise UsageError("a run is written by `zoo finetune`, not by an export; use --to hf")
+
+
+def _checksums(path: Path) -> Checksums | None:
+    """What a checkpoint says of its files; all but the tensors are compared. Raises DataError."""
+    found = Checksums.read(path)
+    reason = found and found.changed(name for name in found.sums if not name.endswith(".distcp"))
+    if reason:
+        raise damaged(path, reason)
+    return found
 
 
 def _piece(name: str, chunk: ChunkStorageMetadata) -> Piece:

@@ -30,6 +30,7 @@ from torch import Tensor
 from zoo.conversion.headers import read_header
 from zoo.conversion.unfinished import Journal, sync
 from zoo.conversion.writer import BLOCK_BYTES, Block, Outgoing, Shard
+from zoo.core.checksums import Sum, sum_of
 from zoo.core.contracts import TensorSource
 from zoo.core.errors import DataError
 
@@ -53,13 +54,15 @@ class Stream:
         self._threads = threads
         self._tick = tick
         self._writing = threading.Lock()
+        self._sums: dict[tuple[str, int], Sum] = {}
 
-    def write(self, shards: Sequence[Shard]) -> None:
-        """Returns when everything is on the disk.
+    def write(self, shards: Sequence[Shard]) -> dict[str, Sum]:
+        """Returns the checksum of each shard when everything is on the disk.
 
         Raises DataError where a value overflows its new dtype or bytes read back differently, OSError where the disk
         does not take them.
         """
+        totals = {}
         with ThreadPoolExecutor(1) as disk:
             waiting: deque[Future[None]] = deque()
             for shard in shards:
@@ -72,8 +75,11 @@ class Stream:
                         if len(waiting) > _RUNS_AHEAD:
                             waiting.popleft().result()
                 self._check(shard)
+                # Blocks were summed by several threads in any order; the file has one.
+                totals[shard.name] = sum((self._sums.pop((shard.name, b.offset)) for b in blocks), sum_of(shard.header))
             for done in waiting:
                 done.result()
+        return totals
 
     def _start(self, shard: Shard) -> Sequence[Block]:
         """A file with its header; the blocks to follow. A file that had its full size now would be slow to write."""
@@ -108,6 +114,7 @@ class Stream:
                     f"{block.tensor.name} reads back differently from what was written; check the disk and try again"
                 )
             self._journal.add(shard.name, block.offset)
+        self._sums[shard.name, block.offset] = sum_of(data)
         self._tick(block.length)
 
     def _block(self, block: Block, buffer: Tensor) -> Tensor:

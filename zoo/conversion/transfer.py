@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zoo.conversion.directory import CONFIG, open_directory
-from zoo.conversion.headers import MAX_TENSORS
 from zoo.conversion.writer import parse_size
 from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
-from zoo.core.inventory import IGNORABLE, check_tensors, check_tied, meta_model, rule_book
+from zoo.core.finished import require_intact
+from zoo.core.inventory import IGNORABLE, checked_book
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.units import format_duration
@@ -44,29 +44,9 @@ def open_checked(source: str, registry: Registry) -> Opened:
         raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(checkpoint.config)
-    _check_layers(checkpoint, config)
-    model = meta_model(spec, config)
-    book = rule_book(spec, config, None if checkpoint.own_names else checkpoint.tensors, model=model)
-    if checkpoint.own_names:
-        check_tensors(checkpoint.tensors, book.shapes)
-        return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=checkpoint.tensors)
-    aliases = check_tied(checkpoint.tensors, model, book)
-    check_tensors(checkpoint.tensors, book.hub_shapes, allowed=aliases)
-    return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=book.to_ours(checkpoint.tensors))
-
-
-def _check_layers(checkpoint: HubCheckpoint, config: Any) -> None:
-    """Before a model is built, if only on meta: a small file must not ask for a large one."""
-    layers, experts = getattr(config, "num_hidden_layers", 0), getattr(config, "num_local_experts", 1)
-    tensors, file = len(checkpoint.tensors.names()), checkpoint.path / CONFIG
-    if layers > tensors:
-        raise DataError(
-            f"{file}: num_hidden_layers is {layers}, and there are only {tensors} tensors in all; "
-            f"correct it or fetch the weights again"
-        )
-    # Stacked, a few tensors could ask for a million of them one by one, three to an expert.
-    if layers * experts > MAX_TENSORS // 3:
-        raise DataError(f"{file}: {layers} layers of {experts} experts are more than the {MAX_TENSORS // 3} allowed")
+    book = checked_book(checkpoint, spec, config)
+    tensors = checkpoint.tensors if checkpoint.own_names else book.to_ours(checkpoint.tensors)
+    return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=tensors)
 
 
 def transfer(
@@ -83,6 +63,7 @@ def transfer(
     Raises UsageError or DataError.
     """
     started = time.perf_counter()
+    require_intact(opened.checkpoint, threads=threads)
     files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
     converter.export(
         opened.spec,
@@ -94,7 +75,7 @@ def transfer(
         shard_bytes=parse_size(shard_size),
         threads=threads,
     )
-    return _report(out, time.perf_counter() - started)
+    return _report(out, time.perf_counter() - started) + unchecked(opened.checkpoint)
 
 
 def written_dtype(opened: Opened, asked: str | None) -> str | None:
@@ -117,8 +98,14 @@ def written_dtype(opened: Opened, asked: str | None) -> str | None:
     return _WIDEST if opened.checkpoint.own_names and _TOO_WIDE in dtypes.values() else None
 
 
+def unchecked(checkpoint: HubCheckpoint) -> str:
+    """What to add of a run whose checkpoint could not be compared with anything."""
+    none = checkpoint.own_names and checkpoint.checksums is None
+    return f"; {checkpoint.path.parent} has no checksums, so it was read unchecked" if none else ""
+
+
 def _report(out: Path, seconds: float) -> str:
-    files: Sequence[Path] = [path for path in out.iterdir() if path.is_file()]
+    files: Sequence[Path] = [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     tensors = len(open_directory(out).tensors.names())
     what = f"{len(files)} files, {size / 2**30:.3g} GiB, {tensors} tensors"

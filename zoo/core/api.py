@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.core import checkpoint, weights
+from zoo.core import finished, weights
+from zoo.core.agreement import agreed
 from zoo.core.cluster import fill_nodes
 from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
-from zoo.core.inventory import rules_for
+from zoo.core.inventory import checked_book
 from zoo.core.job import Job
-from zoo.core.launch import TRAINING, WorkerDied, inside_launcher, launch, quiet_launcher
+from zoo.core.launch import TRAINING, WorkerDied, launch
+from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.mesh import resolve_degrees
 from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
 from zoo.core.plugins import Plugins
+from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.traffic_report import Report, report
-from zoo.core.train import train
+from zoo.core.train import joined, train, train_prepared
 from zoo.core.units import format_count
-from zoo.core.watchdog import Heart, LoneHeart
+from zoo.core.watchdog import Heart, Limits, LoneHeart
 from zoo.core.world import lost_touch
 
 if TYPE_CHECKING:
     from torch import nn
+
+_BUSY = threading.Lock()
 
 
 def load(path: str | Path, dtype: str | None = None, device: str | None = None) -> nn.Module:
@@ -44,6 +52,9 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     """
     registry = Registry(Plugins.load())
     opened = open_checkpoint(str(path), registry)
+    finished.require_intact(opened)
+    if opened.own_names and opened.checksums is None:
+        warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
     family = registry.match_checkpoint(opened.config)
     if family is None:
         raise UsageError(
@@ -51,12 +62,13 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
         )
     spec: ModelSpec = registry.models.load(family)
     config = spec.parse(opened.config)
+    book = checked_book(opened, spec, config)
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
     with torch.device("meta"):
         model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
     weights.allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
-    rules = () if opened.own_names else rules_for(spec, config, opened.tensors)
+    rules = () if opened.own_names else book.rules
     weights.load_into(model, opened.tensors, rules)
     return model.eval()
 
@@ -80,30 +92,45 @@ def finetune(model: str | None = None, **flags: Any) -> Path:
 def ready(plugins: Plugins, model: str | None, flags: Mapping[str, Any], world_size: int | None = None) -> Prepared:
     """`plan` with given plugins, and with the number of ranks an outer launcher started, if any."""
     registry = Registry(plugins)
-    return prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
+    prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
+    check_start(prepared, registry)
+    return prepared
 
 
 def run(
     plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None] = lambda _line: None
 ) -> Path:
-    """`finetune` with given plugins; `say` gets the lines that head the run."""
-    world_size = int(os.environ["WORLD_SIZE"]) if inside_launcher() else None
-    prepared = ready(plugins, model, flags, world_size)
+    """Do as `finetune` with given plugins; `say` gets the lines that head the run."""
+    with _one_at_a_time():
+        outer = OuterRank.from_environment()
+        return _started(plugins, model, flags, say) if outer is None else _joined(outer, plugins, model, flags, say)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Refuse a second run beside the first: they would share one process group, one device and one set of signals."""
+    if not _BUSY.acquire(blocking=False):
+        raise UsageError(
+            "zoo.finetune is training in this process already; wait until it returns, or start a process for each run"
+        )
+    try:
+        yield
+    finally:
+        _BUSY.release()
+
+
+def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """Train in this process, or in ranks that are started here."""
+    prepared = ready(plugins, model, flags)
     job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
-    for line in head(prepared) if os.environ.get("RANK", "0") == "0" else ():
+    for line in head(prepared):
         say(line)
-    checkpoint.resume_point(out, job.checkpoint.resume)
-    if checkpoint.finished(out, job.schedule.steps):
-        say(f"{'done':<10}all {job.schedule.steps} steps already; --steps or --out for more")
+    if _is_done(prepared, say):
         return out
-    # On a CPU the peak is measured, which the ranks of an outer launcher would do all at once.
-    if job.log.peak_tflops is None and (world_size is None or accelerator_type()):
+    if job.log.peak_tflops is None:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
-    if ranks == 1 or world_size is not None:
-        if world_size is None:
-            return train(job, plugins, Heart())
-        return _among_others(job, plugins)
-    quiet_launcher()
+    if ranks == 1:
+        return train(job, plugins, Heart())
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
@@ -113,16 +140,41 @@ def run(
     return out
 
 
-def _among_others(job: Job, plugins: Plugins) -> Path:
-    """`train` on one of the ranks of an outer launcher. Raises WorkerDied if the others cannot be reached any more."""
-    rank = int(os.environ["RANK"])
+def _joined(
+    outer: OuterRank, plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None]
+) -> Path:
+    """Train as one of the ranks of an outer launcher. Raise WorkerDied if the others cannot be reached any more.
+
+    Ranks meet before anything is decided, so that what one of them must refuse is refused by all.
+    """
+    registry = Registry(plugins)
     try:
-        with LoneHeart(rank, job.layout.timeout) as heart:
-            return train(job, plugins, heart)
+        with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
+            prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
+            heart.expects(Limits.of(prepared.job.layout.timeout))
+            say = say if outer.rank == 0 else lambda _line: None
+            for line in head(prepared) if outer.rank == 0 else ():
+                say(line)
+            if _is_done(prepared, say):
+                return prepared.out
+            # On a CPU the peak is measured, which the ranks would do all at once.
+            if prepared.job.log.peak_tflops is None and accelerator_type():
+                peak = peak_tflops(prepared.setup.dtype, outer.world_size)
+                prepared = replace(prepared, job=prepared.job.replace("log", peak_tflops=peak))
+            return train_prepared(prepared, registry, signals, heart, device)
     except RuntimeError as error:
         if not lost_touch(error):
             raise
-        raise WorkerDied(f"rank {rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
+        raise WorkerDied(f"rank {outer.rank} lost touch with other ranks: {one_line(error)}", TRAINING) from None
+
+
+def _is_done(prepared: Prepared, say: Callable[[str], None]) -> bool:
+    """Return whether there is no step left to train, and say so."""
+    steps = prepared.job.schedule.steps
+    done = finished.is_done(finished.resume_point(prepared.out, prepared.job.checkpoint.resume), prepared.out, steps)
+    if done:
+        say(f"{'done':<10}all {steps} steps already; --steps or --out for more")
+    return done
 
 
 def layout(
@@ -175,12 +227,19 @@ def traffic(prepared: Prepared) -> Report:
     return report(prepared)
 
 
+def notes(prepared: Prepared) -> dict[str, str]:
+    """What was chosen and why, by topic, and where the model will stop if that is not what its source says."""
+    ending = prepared.ending
+    return dict(prepared.notes) | ({"stops": ending} if ending else {})
+
+
 def head(prepared: Prepared) -> list[str]:
     """The lines that say what will run and why."""
     with torch.device("meta"):
         count = sum(p.numel() for p in prepared.spec.build(prepared.config).parameters())
-    notes = dict(prepared.notes) | {"model": f"{dict(prepared.notes)['model']}, {format_count(count)} parameters"}
+    said = notes(prepared)
+    said["model"] = f"{said['model']}, {format_count(count)} parameters"
     if accelerator_type() is None:
         what = f"{prepared.origin.entry.name} {prepared.origin.size} on {prepared.job.data.path}"
-        notes = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | notes
-    return [f"{topic:<10}{sentence}" for topic, sentence in notes.items()]
+        said = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | said
+    return [f"{topic:<10}{sentence}" for topic, sentence in said.items()]

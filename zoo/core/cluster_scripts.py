@@ -133,17 +133,19 @@ job=({words})
 run_node() {{
     export {join_later}=1
     export ZOO_STATUS_FILE="${{TMPDIR:-/tmp}}/zoo-$SLURM_JOB_ID-$SLURM_NODEID.status"
-    rm -f "$ZOO_STATUS_FILE"
+    export ZOO_STOP_FILE="$ZOO_STATUS_FILE.stop"
+    rm -f "$ZOO_STATUS_FILE" "$ZOO_STOP_FILE"
     (trap '' USR1 && exec torchrun --nnodes={nodes} --nproc-per-node={ranks} --max-restarts={restarts} \\
         --rdzv-backend=c10d --rdzv-endpoint="$ZOO_MEET_AT" --rdzv-id="$SLURM_JOB_ID" -m zoo "$@") &
     agent=$!
-    trap 'kill -USR1 $(cat /proc/$agent/task/*/children) 2>/dev/null' USR1
+    # The file is for ranks that start just now, or are started again.
+    trap 'touch "$ZOO_STOP_FILE"; kill -USR1 $(cat /proc/$agent/task/*/children) 2>/dev/null' USR1
     trap 'kill -TERM $agent' TERM
     wait $agent
     status=$?
     if [ $status -gt 128 ]; then wait $agent; status=$?; fi # a trapped signal ends the first wait
     if [ "$(cat "$ZOO_STATUS_FILE" 2>/dev/null)" = {saved} ]; then status={saved}; fi
-    rm -f "$ZOO_STATUS_FILE"
+    rm -f "$ZOO_STATUS_FILE" "$ZOO_STOP_FILE"
     return $status
 }}
 

@@ -34,6 +34,7 @@ from zoo.core.formats import (
     DataSource as DataSource,
     HubCheckpoint as HubCheckpoint,
     Record as Record,
+    Remark as Remark,
     RunInfo as RunInfo,
     Sample as Sample,
     TensorSource as TensorSource,

@@ -61,6 +61,16 @@ class SavedOnSignal(ZooError):
     exit_code = 75
 
 
+_BY_EXIT_CODE: dict[int, type[ZooError]] = {
+    kind.exit_code: kind for kind in (UsageError, FitError, PluginError, DataError, NumericsError, SavedOnSignal)
+}
+
+
+def error_of(exit_code: int, message: str) -> ZooError:
+    """Return the error that another process raised, from what can be sent of it."""
+    return _BY_EXIT_CODE.get(exit_code, ZooError)(message)
+
+
 def one_line(error: BaseException) -> str:
     """`ImportError: No module named 'x'`: any exception as the first line of what it says."""
     try:

@@ -87,6 +87,15 @@ class Feed:
         # Last, for the thread sets out at once.
         self._next = self._submit()
 
+    def ahead(self) -> Position | None:
+        """How far the data is read for the next step; None if there is none. Raises what reading it raised."""
+        return self._next.result().position if self._next is not None else None
+
+    def ready(self) -> None:
+        """Wait until the next step's data is there, or the error met while reading it."""
+        if self._next is not None:
+            self._next.exception()
+
     def step(self, device: torch.device) -> StepData:
         """The next step's data, at most `steps` times. Raises, on every rank, what reading it raised."""
         assert self._next is not None, "a feed gives as many steps as it was made for"
@@ -100,8 +109,7 @@ class Feed:
 
     def drain(self) -> None:
         """Start nothing more, and wait for what every rank is reading now; their process groups are quiet then."""
-        if self._next is not None:
-            self._next.exception()
+        self.ready()
         self.close()
 
     def _submit(self) -> Future[StepData] | None:

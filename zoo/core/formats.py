@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from zoo.core.checksums import Checksums
     from zoo.core.contracts import ModelSpec
     from zoo.core.tokenizer import Tokenizer
 
@@ -50,6 +51,8 @@ class HubCheckpoint:
     """Other files that belong to it (tokenizer, templates), by name."""
     own_names: bool = False
     """Whether the tensors are under the family's own names already, as in a run, so that its rules do not apply."""
+    checksums: Checksums | None = None
+    """Of its files, if whoever wrote it left any. Names, lengths and small files have been compared, weights not."""
 
 
 class Converter(Protocol):
@@ -88,11 +91,22 @@ class Converter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Remark:
+    """Something odd about a sample that is trained all the same. It is counted, and said before the first step."""
+
+    kind: str
+    """What is counted, in the words that are printed: `turns whose reasoning the chat template leaves out`."""
+    place: str = ""
+    """Where in the record: `message 2`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One document: token ids, and for each whether it is a target of training."""
 
     tokens: Sequence[int]
     trained: Sequence[bool]
+    remarks: Sequence[Remark] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,14 +11,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.core.contracts import BlockShape, ModelSpec, ParallelPlan, TensorSource
+from zoo.core.contracts import BlockShape, HubCheckpoint, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
+from zoo.core.misfit import why_names_differ
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 from zoo.core.seams import find, matches
 from zoo.core.state_memory import ModelValues, Values
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and no model reads."""
+
+MAX_TENSORS = 80_000
+"""Of a checkpoint; the largest that are published have some 70,000."""
 
 BLOCK_VALUES = 1 << 22
 """Values that are read at a time, so that a load needs little more than the model itself."""
@@ -42,6 +47,85 @@ def rule_book(
         return books[0]
     names = set(source.names())
     return min(books, key=lambda book: len(names ^ book.hub_shapes.keys()))
+
+
+def checked_book(checkpoint: HubCheckpoint, spec: ModelSpec, config: Any) -> RuleBook:
+    """Return the rules of the form a checkpoint has, once its tensors are those of a config by name and shape.
+
+    Raises DataError with the cause: a setting that would make them fit, a prefix, or the names themselves.
+    """
+    _check_layers(checkpoint, config)
+    model, tensors = meta_model(spec, config), checkpoint.tensors
+    book = rule_book(spec, config, None if checkpoint.own_names else tensors, model=model)
+    expected = book.shapes if checkpoint.own_names else book.hub_shapes
+    aliases = [] if checkpoint.own_names else check_tied(tensors, model, book)
+    try:
+        check_tensors(tensors, expected, allowed=aliases)
+    except DataError:
+        cause = _second_name_only(tensors, model, book) or _setting_that_fits(tensors, spec, config)
+        if checkpoint.own_names or cause is None:
+            raise
+        raise DataError(f"{tensors}: {cause}") from None
+    return book
+
+
+def _check_layers(checkpoint: HubCheckpoint, config: Any) -> None:
+    """Before a model is built, if only on meta: a small file must not ask for a large one."""
+    layers, experts = getattr(config, "num_hidden_layers", 0), getattr(config, "num_local_experts", 1)
+    tensors, file = len(checkpoint.tensors.names()), checkpoint.path / "config.json"
+    if layers > tensors:
+        raise DataError(
+            f"{file}: num_hidden_layers is {layers}, and there are only {tensors} tensors in all; "
+            f"correct it or fetch the weights again"
+        )
+    # Stacked, a few tensors could ask for a million of them one by one, three to an expert.
+    if layers * experts > MAX_TENSORS // 3:
+        raise DataError(f"{file}: {layers} layers of {experts} experts are more than the {MAX_TENSORS // 3} allowed")
+
+
+def _second_name_only(source: TensorSource, model: nn.Module, book: RuleBook) -> str | None:
+    """What to do if all that a source lacks are tied tensors that it has under their second names."""
+    second = {book.pieces[name][0].hub: alias for alias, name in tied_names(model).items() if alias in source.names()}
+    missing = [hub for hub in book.hub_shapes if hub not in source.names()]
+    if not missing or any(hub not in second for hub in missing):
+        return None
+    return (
+        f"{missing[0]} is there under its second name only, {second[missing[0]]}, as a save that keeps one of two tied "
+        f'names leaves it; write it out again: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{source}').save_pretrained('NEW')\""
+    )
+
+
+def _setting_that_fits(source: TensorSource, spec: ModelSpec, config: Any) -> str | None:
+    """What to set in config.json so that a source fits it, if one field is all that is wrong."""
+    for field, value in _other_settings(source, spec, config):
+        try:
+            other = spec.parse(spec.override(spec.hub_config(config), {field: value}))
+            book = rule_book(spec, other, source)
+            check_tensors(source, book.hub_shapes, allowed=check_tied(source, meta_model(spec, other), book))
+        except DataError:
+            continue
+        said = json.dumps(value)
+        return (
+            f"its tensors are those of a model with {field} {said}, and its config.json says "
+            f"{json.dumps(getattr(config, field))}: write {said} there, or train with --set model.{field}={said}"
+        )
+    return None
+
+
+def _other_settings(source: TensorSource, spec: ModelSpec, config: Any) -> Iterable[tuple[str, Any]]:
+    """Fields that are often wrong, and the value that the tensors may mean."""
+    tied = getattr(config, "tie_word_embeddings", None)
+    if tied is not None:
+        yield "tie_word_embeddings", not tied
+    shapes = rule_book(spec, config, source).hub_shapes
+    rows = {
+        source.shape(name)[0]
+        for name, shape in shapes.items()
+        if name in source.names() and len(shape) == 2 and shape[0] == config.vocab_size and source.shape(name)
+    }
+    if len(rows) == 1 and rows != {config.vocab_size}:
+        yield "vocab_size", rows.pop()
 
 
 def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) -> list[tuple[str, int]]:
@@ -130,6 +214,9 @@ def check_tensors(source: TensorSource, expected: Mapping[str, Shape], *, allowe
     """Names and shapes of a source against what a model needs; `allowed` may be there too. Raises DataError."""
     names = set(source.names())
     missing = [name for name in expected if name not in names]
+    cause = why_names_differ(source, names, [*expected, *allowed]) if missing else None
+    if cause is not None:
+        raise DataError(cause)
     if missing:
         raise DataError(f"{source} lacks {_some(missing)}, which its config.json asks for; fetch it again")
     extra = sorted(n for n in names if n not in expected and n not in allowed and not IGNORABLE.search(n))

@@ -58,7 +58,7 @@ class DataSection:
 class OptimSection:
     """AdamW and clipping."""
 
-    lr: float = number(2e-5, Span(0, 100), usual=Span(1e-8, 0.1))
+    lr: float = number(2e-5, Span(0, 1e38), usual=Span(1e-8, 0.1))
     beta1: float = number(0.9, Span(0, 1, below=True))
     beta2: float = number(0.95, Span(0, 1, below=True))
     eps: float = number(1e-8, Span(0, 1, above=True), usual=Span(1e-20, 1e-3))
@@ -107,7 +107,8 @@ class LayoutSection:
     pp_virtual: int | None = degree()
     """Stages a rank; as few as the schedule needs if unset."""
     timeout: float | None = number(None, Span(0, 10**7, above=True), usual=Span(10, 10**7))
-    """Seconds a step, a save or the start may take before a rank counts as hung; half an hour if unset."""
+    """Seconds a step with its save may take before a rank counts as hung, half an hour if unset. A part of the start
+    (imports, joining, weights, first data) may take as long, and never less than half an hour."""
     sequence_parallel: bool = True
     """With tp: norms and the residual are cut on tokens over its ranks."""
     overlap_tensor: bool = False

@@ -1,52 +1,56 @@
-"""Starting ranks: through torch's elastic launcher, or joining those an outer launcher started."""
+"""Starting ranks on this machine, telling them of signals, and saying in one line how they ended."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-import time
-import traceback
-import uuid
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+from zoo.core import bootstrap
+from zoo.core.bootstrap import start_file
 from zoo.core.device import accelerator_type, num_cores
-from zoo.core.errors import ZooError
-from zoo.core.watchdog import RESUMES, Watchdog
+from zoo.core.errors import SavedOnSignal, ZooError, error_of
+from zoo.core.launcher_env import STORE_FILE, OuterRank
+from zoo.core.office import Office
+from zoo.core.rank_processes import RankProcesses
+from zoo.core.signals import LAUNCHER, NOTHING_YET, is_warning, say, start_is_over, wishes
+from zoo.core.watchdog import RESUMES, Limits, Watchdog, pulses
 
 
 def inside_launcher() -> bool:
-    """Whether torchrun (or another launcher that sets RANK) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Return whether torchrun (or another launcher that sets RANK) started this process. Raise UsageError."""
+    return OuterRank.from_environment() is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A program for ranks: `python -m MODULE FOLDER`, and what a user is told of its end before time."""
+    """A program for ranks, and what a user is told of its end before time."""
 
-    module: str
+    target: str
+    """`package.module:function`, called on every rank as `function(payload, office)`."""
     on_signal: str
     """What a first SIGTERM or SIGINT brings about, and a second one."""
     again: str
     """What the same command would do."""
+    stopped: str | None = None
+    """What is said of ranks that a signal ended before their first step, if that is a good end."""
 
 
 TRAINING = Work(
-    module="zoo.core.worker",
+    target="zoo.core.worker:train_as_asked",
     on_signal="finishing the step, then saving. Again aborts without saving",
     again=RESUMES,
+    stopped=NOTHING_YET,
 )
 
 
@@ -60,62 +64,44 @@ def launch(
 ) -> Any:
     """Run a program on `num_ranks` ranks of this machine until they end; returns the answer a rank left, if any.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on, as a wish to stop; a second SIGTERM or SIGINT aborts. If a rank died or
-    hung, all are started again, `max_restarts` times at most; a rank hangs if it has not beaten for `timeout_s`. Raises
-    what the ranks raised: a ZooError as it is, anything else as WorkerDied.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on, as a wish to stop; a second SIGTERM or SIGINT aborts. If a rank
+    died or hung, all are started again, `max_restarts` times at most; `timeout_s` is that of a step. Raises what the
+    ranks raised: a ZooError as it is, anything else as WorkerDied.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(num_ranks)))
-    # Ranks whose peer is gone have nothing to finish, and do not end by a SIGTERM that they take as a wish.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    for restart in range(max_restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
-            office = Office(Path(folder))
-            office.payload.write_text(json.dumps(payload))
-            try:
-                _start(office, num_ranks, work, timeout_s)
-            except WorkerDied as died:
-                if restart == max_restarts or office.stopping.exists():
-                    raise
-                sys.stderr.write(f"{died.what}. Restart {restart + 1} of {max_restarts}.\n")
-                continue
-            return json.loads(office.answer.read_text()) if office.answer.exists() else None
+    with _PassedOn(work) as passed_on:
+        for restart in range(max_restarts + 1):
+            with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
+                office = Office(Path(folder))
+                office.payload.write_text(json.dumps(payload))
+                office.path.write_text(json.dumps([entry for entry in sys.path if isinstance(entry, str)]))
+                try:
+                    with passed_on.to(office):
+                        _start(office, num_ranks, work, timeout_s)
+                except WorkerDied as died:
+                    if restart == max_restarts or passed_on.asked:
+                        raise
+                    sys.stderr.write(f"{died.what}. Restart {restart + 1} of {max_restarts}.\n")
+                    continue
+                return json.loads(office.answer.read_text()) if office.answer.exists() else None
     raise AssertionError("the last try returns or raises")
 
 
 def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) -> None:
     """One try, from the first process to the end of the last. Raises what the ranks raised."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        # Where it cleans nothing up after itself.
-        logs_specs=DefaultLogsSpecs(log_dir=str(office.root / "elastic")),
-        # Ours are handled below: the launcher's own handlers would kill the ranks instead of letting them save.
-        signals_to_handle="SIGHUP",
-    )
-    restore = _forward_signals(office, work)
-    watchdog = Watchdog(office.root, timeout_s)
-    try:
-        with watchdog:
-            elastic_launch(config, sys.executable)("-m", work.module, str(office.root))
-    except ChildFailedError as error:
-        if watchdog.verdict:
-            sys.stderr.write(watchdog.stacks)
-            raise WorkerDied(watchdog.verdict, work) from None
-        raise office.verdict(error, work) from None
-    finally:
-        restore()
-
-
-def quiet_launcher() -> None:
-    """Keep the launcher's own reports of failed ranks off the terminal: `verdict` says it in one line."""
-    for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    command = [sys.executable, *_interpreter_flags(), _BOOTSTRAP, work.target, str(office.root)]
+    environment = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_ranks))),
+        STORE_FILE: str(office.root / "store"),
+        LAUNCHER: str(os.getpid()),
+    }
+    watchdog = Watchdog(office.root, num_ranks, Limits.of(timeout_s))
+    with watchdog, RankProcesses(command, num_ranks, environment) as ranks:
+        failed = ranks.wait(given_up=lambda: watchdog.verdict is not None)
+    if watchdog.verdict:
+        sys.stderr.write(watchdog.stacks)
+        raise WorkerDied(watchdog.verdict, work)
+    if failed:
+        raise verdict(office, failed, work)
 
 
 class WorkerDied(ZooError):
@@ -127,70 +113,61 @@ class WorkerDied(ZooError):
         """Which rank, and of what."""
 
 
-@dataclass(frozen=True)
-class Office:
-    """The folder through which a launcher and its ranks talk: the job in, process ids, errors and an answer out."""
+def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
+    """Return the error that started it; `failed` has exit codes of ranks in the order of their ends.
 
-    root: Path
+    A rank's own word comes first, then a rank that ended without one, then the earliest exception: what ranks say when
+    a peer is gone is no cause.
+    """
+    said = office.errors()
+    spoken = next((error for error in said if error["zoo"]), None)
+    if spoken:
+        return error_of(spoken["exit_code"], spoken["message"])
+    silent = [(rank, code) for rank, code in failed.items() if rank not in {error["rank"] for error in said}]
+    if not silent:
+        if os.environ.get("ZOO_DEBUG"):
+            sys.stderr.write(said[0]["traceback"])
+        return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
+    rank, code = silent[0]
+    # By its own word, or by the signal itself before it could hear one.
+    asked = code == SavedOnSignal.exit_code or (-code in wishes() and office.stopping.exists())
+    if asked and work.stopped:
+        return SavedOnSignal(work.stopped)
+    return WorkerDied(_end_of(office, rank, code), work)
 
-    @property
-    def payload(self) -> Path:
-        return self.root / "job.json"
 
-    @property
-    def answer(self) -> Path:
-        """JSON that one of the ranks leaves for the launcher to return."""
-        return self.root / "answer.json"
+def _end_of(office: Office, rank: int, code: int) -> str:
+    """Say how a rank ended that left no word."""
+    if code < 0:
+        hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
+        end = f"was killed by {signal.Signals(-code).name}{hint}"
+    else:
+        end = f"ended with status {code} before it could say why"
+    return f"rank {rank} {end}{_last_words(office, rank)}"
 
-    @property
-    def stopping(self) -> Path:
-        """Exists once ranks were asked to stop."""
-        return self.root / "stopping"
 
-    def check_in(self, rank: int) -> None:
-        """Leave this rank's process id, so that signals reach it."""
-        (self.root / f"{rank}.pid").write_text(str(os.getpid()))
+def _last_words(office: Office, rank: int) -> str:
+    """Quote what a rank that could not start wrote last, and the file and line where Python was."""
+    said = start_file(office.root, rank)
+    lines = said.read_text(errors="replace").strip().splitlines() if said.exists() else []
+    if not lines:
+        return ""
+    if os.environ.get("ZOO_DEBUG"):
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+    place = next((line.strip() for line in reversed(lines) if line.startswith('  File "')), "")
+    return f"; its last words: {lines[-1].strip()}{f' ({place})' if place else ''}"
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to every rank that has checked in and still lives."""
-        for text in (path.read_text() for path in self.root.glob("*.pid")):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(text), number)
 
-    def report(self, rank: int, error: BaseException) -> None:
-        """Leave an error for the launcher to raise."""
-        said = {
-            "rank": rank,
-            "time": time.time(),
-            "zoo": isinstance(error, ZooError),
-            "exit_code": getattr(error, "exit_code", 1),
-            "message": str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}",
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        fresh = self.root / f".{rank}.error"
-        fresh.write_text(json.dumps(said))
-        fresh.replace(self.root / f"{rank}.error")
+_BOOTSTRAP = str(Path(bootstrap.__file__))
 
-    def verdict(self, failure: ChildFailedError, work: Work) -> ZooError:
-        """The error that started it: a rank's own word first, then a killed rank, then the earliest exception."""
-        said = sorted((json.loads(p.read_text()) for p in self.root.glob("*.error")), key=lambda s: float(s["time"]))
-        spoken = next((s for s in said if s["zoo"]), None)
-        if spoken:
-            kinds = {kind.exit_code: kind for kind in ZooError.__subclasses__() if kind is not WorkerDied}
-            return kinds.get(spoken["exit_code"], ZooError)(spoken["message"])
-        killed = [(rank, f.exitcode) for rank, f in failure.failures.items() if f.exitcode < 0]
-        silent = [(rank, code) for rank, code in killed if not (self.root / f"{rank}.error").exists()]
-        if silent:
-            rank, code = silent[0]
-            name = signal.Signals(-code).name
-            hint = " (often: out of memory)" if name == "SIGKILL" else ""
-            return WorkerDied(f"rank {rank} was killed by {name}{hint}", work)
-        if said:
-            if os.environ.get("ZOO_DEBUG"):
-                sys.stderr.write(said[0]["traceback"])
-            return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
-        rank, first = next(iter(failure.failures.items()))
-        return WorkerDied(f"rank {rank} ended with status {first.exitcode} before it could say why", work)
+
+def _interpreter_flags() -> list[str]:
+    """Return this interpreter's own options (-I, -E, -X dev, ...), so that ranks import and warn as it does.
+
+    `-P` comes on top: a rank gets its `sys.path` from the command, and nothing before that from its own directory.
+    """
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+    return flags if sys.flags.safe_path else [*flags, "-P"]
 
 
 def _threads(num_ranks: int) -> int:
@@ -198,29 +175,66 @@ def _threads(num_ranks: int) -> int:
     return 4 if accelerator_type() else max(1, num_cores() // num_ranks)
 
 
-def _forward_signals(office: Office, work: Work) -> Callable[[], None]:
-    """Pass signals on to the ranks; a second SIGTERM or SIGINT raises KeyboardInterrupt here, which ends them.
+class _PassedOn:
+    """Inside `with`, signals that ask to stop go to the ranks, and Ctrl-Z suspends them too.
 
-    SIGUSR1 is a cluster's warning, and what follows it no second thought of somebody at a keyboard.
+    A second SIGTERM or SIGINT ends the ranks and raises KeyboardInterrupt. Python takes handlers on the main thread
+    only, so elsewhere nothing is passed on.
     """
-    asked = False
 
-    def handler(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        warned = number == signal.SIGUSR1
-        if asked and not warned:
-            office.send(signal.SIGKILL)
-            raise KeyboardInterrupt
-        asked = asked or not warned
-        office.stopping.touch()
-        said = work.on_signal.partition(". ")[0] if warned else work.on_signal
-        sys.stderr.write(f"{signal.Signals(number).name}: {said}.\n")
-        office.send(signal.SIGTERM)
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._office: Office | None = None
+        self._by_hand = False
+        self.asked = False
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    def __enter__(self) -> _PassedOn:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in wishes()}
+            if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+                self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+            start_is_over()
+        return self
 
-    def restore() -> None:
-        for number, old in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._before.items():
             signal.signal(number, old)
 
-    return restore
+    @contextlib.contextmanager
+    def to(self, office: Office) -> Iterator[None]:
+        """Pass signals on to the ranks of a folder. Raises SavedOnSignal if one came before there were any."""
+        self._office = office
+        try:
+            if self.asked:
+                raise SavedOnSignal(NOTHING_YET)
+            yield
+        finally:
+            self._office = None
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        by_hand = not is_warning(number)
+        if self._by_hand and by_hand:
+            self._send(signal.SIGKILL)
+            raise KeyboardInterrupt
+        self.asked, self._by_hand = True, self._by_hand or by_hand
+        say(f"{signal.Signals(number).name}: {self._answer(by_hand)}.")
+        if self._office is not None:
+            self._office.stopping.touch()
+        self._send(signal.SIGTERM)
+
+    def _answer(self, by_hand: bool) -> str:
+        """What a signal brings about, and how to abort for those at a keyboard."""
+        if self._office is None or not any(pulse.steps for pulse in pulses(self._office.root).values()):
+            return "ending the start"
+        return self._work.on_signal if by_hand else self._work.on_signal.partition(". ")[0]
+
+    def _suspend(self, _number: int, _frame: FrameType | None) -> None:
+        """Ranks are of another session, which a terminal does not suspend."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._office is not None:
+            self._office.send(number)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from zoo.core.device import accelerator_type, memory_bytes, num_accelerators
 from zoo.core.errors import LayoutError
+from zoo.core.launcher_env import OuterRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,9 @@ class Machine:
         """
         found, shared = num_accelerators() or None, accelerator_type() is None
         if world_size is not None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-            return cls(ranks=world_size, per_node=local, memory=memory_bytes(), shared=shared)
+            outer = OuterRank.from_environment()
+            local = outer.local_world_size if outer else None
+            return cls(ranks=world_size, per_node=local or world_size, memory=memory_bytes(), shared=shared)
         if nproc is not None and nproc > (found or nproc):
             raise LayoutError(f"--nproc {nproc} and this machine has {found} accelerators", f"type --nproc {found}")
         return cls(ranks=nproc, said="--nproc says", most=found, memory=memory_bytes(), shared=shared)

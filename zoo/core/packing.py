@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from zoo.core.batch import Row
-from zoo.core.contracts import IGNORE
+from zoo.core.contracts import IGNORE, Remark
 
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 Bools: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
@@ -31,6 +31,7 @@ class Document:
     """What to do if it is longer than a row."""
     where: object
     """Its str() is the place it was read from."""
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def num_trained(self) -> int:
@@ -67,7 +68,8 @@ def shifted_labels(tokens: Ints, trained: Bools) -> Ints:
 def pieces(document: Document, seq: int, *, shard: int, offset: int) -> Iterator[Piece]:
     """Cut a document into pieces of at most `seq` tokens; `truncate` and `drop` keep the first and nothing.
 
-    A piece is a document of its own: its first token is the label of none.
+    A piece is a document of its own: its first token is the label of none. One without a label would train nothing,
+    and whole rows of such pieces could fill a step, so it is left out. The others keep their numbers.
     """
     length = len(document.tokens)
     if length > seq:
@@ -75,7 +77,8 @@ def pieces(document: Document, seq: int, *, shard: int, offset: int) -> Iterator
     for number, start in enumerate(range(0, length, seq)):
         stop = min(start + seq, length)
         tokens, trained = document.tokens[start:stop], document.trained[start:stop]
-        yield Piece(tokens=tokens, labels=shifted_labels(tokens, trained), address=(shard, offset, number))
+        if trained[1:].any():
+            yield Piece(tokens=tokens, labels=shifted_labels(tokens, trained), address=(shard, offset, number))
 
 
 def best_fit_decreasing(lengths: Sequence[int], seq: int) -> list[list[int]]:

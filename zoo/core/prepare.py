@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from zoo.core.layout_auto import with_degrees
 from zoo.core.layout_check import LayoutCase, context_setup
 from zoo.core.machine import Machine
 from zoo.core.mesh import Degrees
+from zoo.core.published import Trained, generation_ends, hub_files
 from zoo.core.registry import Registry
-from zoo.core.rows import open_source
+from zoo.core.rows import RowStream, open_rows, open_source
 from zoo.core.sources import Origin, open_origin
 from zoo.core.suggest import did_you_mean
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.turn_end import TurnEnd, turn_end
 from zoo.core.units import format_tokens
+from zoo.core.vocabulary import check_vocabulary
 
 _DTYPES = ("auto", "float32", "bfloat16", "float64")
 _CHOICES = {
@@ -87,11 +91,63 @@ class Prepared:
         assert self.job.checkpoint.out is not None, "prepare() names every run"
         return Path(self.job.checkpoint.out)
 
-    def hub_files(self) -> dict[str, bytes]:
-        """config.json and the tokenizer's files, the latter byte for byte."""
-        path = self.origin.tokenizer_path
-        files = {name: (path / name).read_bytes() for name in Tokenizer.files(path)}
-        return files | {"config.json": json.dumps(dict(self.hub_config), indent=2).encode()}
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of the data, with the template that was given; loaded when first asked for.
+
+        Raises DataError if it cannot be loaded, UsageError if it has tokens that the model has not.
+        """
+        tokenizer = Tokenizer.from_directory(self.origin.tokenizer_path, chat_template=self.job.data.chat_template)
+        check_vocabulary(tokenizer, self.config.vocab_size)
+        return tokenizer
+
+    @cached_property
+    def turn_end(self) -> TurnEnd | None:
+        """What ends a turn under the chat template; None if there is no template."""
+        return turn_end(self.tokenizer)
+
+    @property
+    def ending(self) -> str:
+        """What to say of where generation will stop: a token that the source does not stop at, or none; else ""."""
+        turn = self.turn_end
+        if turn is None:
+            return ""
+        if turn.id is None:
+            return f"warning: at no token after a turn, so generation goes on there: {turn.why}"
+        before = generation_ends(self.origin.tokenizer_path, self.hub_config)
+        if turn.id in before:
+            return ""
+        named, instead = self.tokenizer.decode([turn.id]), ", ".join(map(str, before)) or "none"
+        return f"at {named!r} ({turn.id}) too, which ends a turn; the model it comes from stops at {instead}"
+
+    @cached_property
+    def hub_files(self) -> Mapping[str, bytes]:
+        """The files beside the weights of every checkpoint, as they are when first asked for."""
+        checkpoint = self.origin.checkpoint
+        turn = self.turn_end.id if self.turn_end else None
+        trained = Trained(
+            config=self.hub_config,
+            length=self.job.data.seq,
+            longest=self.config.max_position_embeddings,
+            native=self.spec.parse(checkpoint.config).max_position_embeddings if checkpoint else None,
+            ends=tuple(id for id in (self.tokenizer.eos_id, turn) if id is not None),
+            template=self.job.data.chat_template,
+        )
+        return hub_files(self.origin.tokenizer_path, trained)
+
+    def open_rows(self, registry: Registry) -> RowStream:
+        """The rows that are trained on, from the first on. Raises DataError or UsageError."""
+        data = self.job.data
+        return open_rows(
+            registry,
+            data=str(data.path),
+            data_format=data.format,
+            tokenizer=self.tokenizer,
+            seq=data.seq,
+            seed=data.seed,
+            overlong=data.overlong,
+            loss_on=data.loss_on,
+        )
 
 
 def prepare(job: Job, registry: Registry, *, world_size: int | None = None, machine: Machine | None = None) -> Prepared:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.core.errors import UsageError
+from zoo.core.finished import resumable_progress
 from zoo.core.inventory import meta_model
 from zoo.core.job import Job
 from zoo.core.prepare import Prepared
@@ -25,6 +26,13 @@ def same_run(prepared: Prepared) -> dict[str, Any]:
         "model": prepared.hub_config,
         "from": _source(prepared.job),
     }
+
+
+def checked_progress(saved: Path, prepared: Prepared) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, if this job can go on from it. Raise UsageError or DataError."""
+    progress = resumable_progress(saved)
+    check_same_run(saved, progress, prepared)
+    return progress
 
 
 def check_same_run(saved: Path, progress: Mapping[str, Any], prepared: Prepared) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.batch import Row
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from zoo.core.registry import Registry
     from zoo.core.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the state. Another version cannot be resumed from."""
 
 
@@ -41,11 +40,13 @@ class RowStream:
         pad: int = 0,
         options: Mapping[str, Any] | None = None,
         name: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
         """`options` is what else decides about tokens; a resumed run must have the same. JSON values.
 
-        `name` is what the user calls the corpus, for error messages.
+        `name` is what the user calls the corpus, for error messages; `notes` is what a run says before it reads rows.
         """
+        self.notes = tuple(notes)
         self.seq = seq
         self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name)
         self._pad = pad
@@ -56,6 +57,12 @@ class RowStream:
         self._window: Window | None = None
         self._ahead: Future[Window] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="zoo-rows")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides about rows and tokens: corpus, tokenizer, length, seed and options, as JSON."""
+        corpus = self._windows.corpus
+        return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
 
     @property
     def epoch(self) -> int:
@@ -72,18 +79,23 @@ class RowStream:
         """Share of the rows so far that is not padding."""
         return self.stats.fill(self.seq)
 
+    def check_first(self) -> None:
+        """Read the corpus's first sample as training will. Raises DataError naming it, or saying that there is none."""
+        self._windows.check_first()
+
     def take(self, count: int) -> list[Row]:
         """The next rows. Raises DataError for samples that cannot be used and for a corpus without any."""
         return [row_of(self._next(), seq=self.seq, pad=self._pad) for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row taken, as JSON: kilobytes, whatever the corpus."""
+        self._before = replace(self._before, remarks=self._before.remarks.settled())
         return {
             "version": VERSION,
-            "options": self._identity,
+            "options": self.identity,
             "cursor": asdict(self._cursor),
             "row": self._row,
-            "before": asdict(self._before),
+            "before": self._before.as_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,7 +105,7 @@ class RowStream:
                 f"the saved data position has version {state.get('version')}, this zoo reads {VERSION}; "
                 "resume with the zoo that saved it, or start over with --resume never and another --out"
             )
-        _check_same(state["options"], self._identity)
+        _check_same(state["options"], self.identity)
         saved = state["cursor"]
         self._cursor = Cursor(
             epoch=saved["epoch"],
@@ -102,7 +114,7 @@ class RowStream:
             carried=tuple((shard, offset, number) for shard, offset, number in saved["carried"]),
         )
         self._row = state["row"]
-        self._before = Stats(**state["before"])
+        self._before = Stats.from_json(state["before"])
         self._window = self._ahead = None
 
     def close(self) -> None:
@@ -111,11 +123,6 @@ class RowStream:
         self._windows.close()
 
     # Inside -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        corpus = self._windows.corpus
-        return {"corpus": corpus.source.fingerprint, "seq": self.seq, "seed": corpus.seed, **self._options}
 
     def _next(self) -> tuple[Piece, ...]:
         window = self._current()
@@ -144,11 +151,8 @@ def open_rows(
     data_format: str | None = None,
     overlong: str | None = None,
     loss_on: str = "assistant",
-    chat_template: str | Path | None = None,
 ) -> RowStream:
     """The rows of `--data`. Raises DataError if it cannot be opened, UsageError for an option that does not exist."""
-    if chat_template is not None:
-        tokenizer = tokenizer.with_chat_template(chat_template)
     source = open_source(registry, data)
     samples = Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on, overlong=overlong)
     options = {
@@ -157,7 +161,16 @@ def open_rows(
         "overlong": overlong or "by format",
         "loss-on": loss_on,
     }
-    return RowStream(source, samples, seq=seq, seed=seed, pad=tokenizer.pad_id, options=options, name=data)
+    return RowStream(
+        source,
+        samples,
+        seq=seq,
+        seed=seed,
+        pad=tokenizer.pad_id,
+        options=options,
+        name=data,
+        notes=tokenizer.notes,
+    )
 
 
 def open_source(registry: Registry, data: str) -> DataSource:

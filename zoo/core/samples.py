@@ -62,29 +62,31 @@ class Samples:
         trained = np.asarray(sample.trained, dtype=np.bool_)
         if tokens.shape != trained.shape or tokens.ndim != 1:
             raise DataError(f"{record.where}: {tokens.size} tokens and {trained.size} marks of what is trained")
-        return Document(tokens=tokens, trained=trained, overlong=overlong, where=record.where)
+        return Document(
+            tokens=tokens, trained=trained, overlong=overlong, where=record.where, remarks=tuple(sample.remarks)
+        )
 
     def format_of(self, record: Record) -> str:
         """Name of the record's format. Raises DataError if its columns fit none."""
         if self._format is not None:
             return self._format
-        columns = frozenset(record.fields)
+        # Writers of tables fill the columns that a record lacks with null.
+        columns = frozenset(name for name, value in record.fields.items() if value is not None)
         if columns not in self._names:
-            self._names[columns] = self._detected(record)
+            self._names[columns] = self._detected(record, columns)
         return self._names[columns]
 
-    def _detected(self, record: Record) -> str:
+    def _detected(self, record: Record, columns: frozenset[str]) -> str:
         try:
-            found = self._registry.detect_data_format(sorted(record.fields))
+            found = self._registry.detect_data_format(sorted(columns))
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from None
         if found is not None:
             return found
         known = ", ".join(self._registry.data_formats.names()) or "none"
-        columns = ", ".join(sorted(record.fields)) or "none"
         raise DataError(
-            f"{record.where}: its columns ({columns}) fit no data format; name them text, messages, or prompt and "
-            f"completion, or type --data-format NAME (there are: {known})"
+            f"{record.where}: its columns ({', '.join(sorted(columns)) or 'none'}) fit no data format; name them text, "
+            f"messages, or prompt and completion, or type --data-format NAME (there are: {known})"
         )
 
     def _load(self, name: str) -> tuple[DataFormat, Overlong]:

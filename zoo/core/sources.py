@@ -13,6 +13,7 @@ from zoo.core.errors import DataError, UsageError
 from zoo.core.job import Job
 from zoo.core.registry import Registry
 from zoo.core.suggest import did_you_mean
+from zoo.core.tokenizer_files import has_vocabulary
 
 SCRATCH = "scratch"
 """`--from scratch`: random weights."""
@@ -40,7 +41,10 @@ class Origin:
 
     @property
     def sentence(self) -> str:
-        return f"weights from {self.checkpoint.path}" if self.checkpoint else "random weights"
+        if self.checkpoint is None:
+            return "random weights"
+        none = self.checkpoint.own_names and self.checkpoint.checksums is None
+        return f"weights from {self.checkpoint.path}{' (it has no checksums, so unchecked)' if none else ''}"
 
 
 def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> Origin:
@@ -128,7 +132,7 @@ def _tokenizer_path(entry: ModelEntry, checkpoint: HubCheckpoint | None) -> Path
     if checkpoint is None and not entry.embedded:
         raise UsageError(f"--from {SCRATCH}: {entry.name} ships no tokenizer; give --from a directory that has one")
     path = checkpoint.path if checkpoint else Path(next(iter(entry.embedded.values())))
-    if not (path / "tokenizer.json").is_file():
+    if not has_vocabulary(path):
         raise DataError(
             f"{path} has no tokenizer.json, so text cannot become tokens; copy the tokenizer files of the checkpoint "
             f"there, or give --from a directory that has them"

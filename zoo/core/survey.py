@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from zoo.core.contracts import DataSource, Record
 from zoo.core.errors import DataError
+from zoo.core.remarks import Remarks
 from zoo.core.samples import Samples
 
 SHOWN = 5
@@ -42,6 +43,8 @@ class Survey:
     broken: Problems = field(default_factory=Problems)
     """Lines and samples that cannot be read."""
     untrained: Problems = field(default_factory=Problems)
+    remarks: Remarks = field(default_factory=Remarks)
+    """What is odd and trained all the same."""
     overlong: Problems = field(default_factory=Problems)
     """Longer than a row; an error in training only if nothing was said of them."""
 
@@ -75,6 +78,7 @@ def _count(found: Survey, record: Record, samples: Samples, seq: int) -> None:
     document = samples(record)
     length = len(document.tokens)
     found.formats[samples.format_of(record)] += 1
+    found.remarks += Remarks.of(record.where, document.remarks)
     if not length:
         found.blank += 1
         return

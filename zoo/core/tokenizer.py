@@ -4,120 +4,118 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer as Backend
+from tokenizers import Encoding, Tokenizer as Backend
 
-from zoo.core.errors import DataError, one_line
-from zoo.core.template import ChatTemplate
+from zoo.core.errors import DataError
+from zoo.core.guard import ASSISTANT, GUARD, Marks, check_unguarded, without_guards
+from zoo.core.template import ChatTemplates, literal_text
+from zoo.core.tokenizer_files import load_pretrained, read_object, tokenizer_files
 
-GUARD = "\U0010fff0"
-"""Breaks a special token that stands in somebody's text. A private character whose bytes (F4 8F ..) no vocabulary
-merges with anything, so the tokens made of it can be taken out again without a trace."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""Names a tokenizer's files have in a Hugging Face directory."""
+__all__ = ["GUARD", "Tokenizer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """The `tokenizers` library behind the questions that training asks.
+    """What transformers loads from a directory, behind the questions that training asks.
 
     Safe to use from several threads. Text is *plain*: whatever is written in it, `encode` gives no special token.
     Special tokens come from the caller (`bos_id`, `eos_id`) or from the chat template, see `render`.
     """
 
     path: Path
-    plain: Backend
+    pretrained: PreTrainedTokenizerFast = field(repr=False)
+    """Says what the files mean, and renders. It never encodes: that changes its settings."""
+    plain: Backend = field(repr=False)
     """Reads special tokens in a text as the characters they are."""
-    aware: Backend
+    aware: Backend = field(repr=False)
     """Reads them as special tokens."""
-    special: Mapping[str, int]
-    """Content of each special token and its id."""
-    config: Mapping[str, Any]
-    """tokenizer_config.json's fields, with those of special_tokens_map.json and config.json below them."""
-    templates: Mapping[str, str]
-    """Chat templates by name; `default` is the usual one."""
-    template_file: str = ""
+    named: Mapping[str, str]
+    """Special tokens that have a name (`bos_token`, `sep_token`), by it."""
+    undefined: frozenset[str]
+    """Tokens that the class names and no file defines: nothing writes them."""
+    chat: ChatTemplates
 
     @staticmethod
     def files(path: str | Path) -> tuple[str, ...]:
-        """Names of the tokenizer files in a directory, for byte-for-byte copies."""
-        return tuple(name for name in FILES if (Path(path) / name).is_file())
+        """Return names of the tokenizer files in a directory, for byte-for-byte copies."""
+        return tokenizer_files(Path(path))
 
     @classmethod
     def from_directory(cls, path: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
-        """Open tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins over the config's).
+        """Load the tokenizer of a directory as transformers' AutoTokenizer does.
 
-        `chat_template` is a jinja file that wins over both. Raises DataError naming the directory and the file.
+        `chat_template` is a jinja file that wins over the directory's own. Raises DataError naming directory and file.
         """
         path = Path(path)
-        text = _tokenizer_json(path)
-        plain, aware = _backend(text, path), _backend(text, path)
+        loaded = load_pretrained(path)
+        aware = loaded.pretrained.backend_tokenizer
+        # A file may ask for cuts and padding at some length; documents are cut elsewhere.
+        aware.no_truncation()
+        aware.no_padding()
+        plain = Backend.from_str(aware.to_str())
         plain.encode_special_tokens = True
-        config = _merged_config(path)
-        templates, template_file = _templates(path, config)
         tokenizer = cls(
             path=path,
+            pretrained=loaded.pretrained,
             plain=plain,
             aware=aware,
-            special=_special_tokens(aware),
-            config=config,
-            templates=templates,
-            template_file=template_file,
+            named=loaded.named,
+            undefined=loaded.undefined,
+            chat=ChatTemplates(path, loaded.pretrained),
         )
         return tokenizer if chat_template is None else tokenizer.with_chat_template(chat_template)
 
     def with_chat_template(self, path: str | Path) -> Tokenizer:
-        """The same tokenizer with the template of a jinja file. Raises DataError if it cannot be read or parsed."""
-        text = _read_text(Path(path), hint="give a jinja file with --chat-template FILE")
-        other = replace(self, templates={"default": text}, template_file=str(path))
-        other.compiled_templates  # noqa: B018 - a broken template is reported now, not at the first sample
-        return other
+        """Return the same tokenizer with the template of a jinja file. Raises DataError if that does not parse."""
+        chat = replace(self.chat, file=str(path))
+        chat.check_syntax()  # a broken template is reported now, not at the first sample
+        return replace(self, chat=chat)
 
     # Ids --------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of plain text; `add_special` lets the tokenizer put its own around them (bos, say).
+        """Return token ids of plain text; `add_special` lets the tokenizer put its own around them (bos, say).
 
         Raises DataError if the text holds a special token that this tokenizer cannot read as characters.
         """
-        # The batch call, unlike `encode`, keeps no offsets and lets other threads run.
-        return list(self.plain.encode_batch_fast([self._readable(text)], add_special_tokens=add_special)[0].ids)
+        readable = self._readable(text)
+        if readable != text:
+            check_unguarded(text)
+            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable)[0]
+        return list(_encoding(self.plain, text, add_special=add_special, offsets=False).ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Token ids of two plain texts that follow each other, with no token across. Raises DataError as `encode`."""
-        text = f"{self._readable(first)}{GUARD}{self._readable(second)}"
-        ids, starts = _apart(self.plain.encode_batch([text], add_special_tokens=False)[0], text)
-        cut = bisect_left(starts, len(first))
+        """Return token ids of two plain texts in a row, with no token across. Raises DataError as `encode`."""
+        check_unguarded(first + second)
+        first, second = self._readable(first), self._readable(second)
+        text = f"{first}{GUARD}{second}"
+        ids, offsets = without_guards(_encoding(self.plain, text), text)
+        cut = bisect_left(offsets, (len(first),))
         return ids[:cut], ids[cut:]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Return the text of token ids."""
         return str(self.aware.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property
     def bos_id(self) -> int | None:
+        """What begins a text: the tokenizer's bos token, else config.json's `bos_token_id`."""
         return self._id("bos_token")
 
     @cached_property
     def eos_id(self) -> int | None:
+        """What ends a text: the tokenizer's eos token, else config.json's first `eos_token_id`."""
         return self._id("eos_token")
 
     @cached_property
@@ -126,35 +124,67 @@ class Tokenizer:
         return next((id for id in (self._id("pad_token"), self.eos_id) if id is not None), 0)
 
     @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text of its own accord: bos, or nothing."""
+        encoding = self.plain.encode("a", add_special_tokens=True)
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return tuple(id for id, _ in takewhile(lambda pair: pair[1], added))
+
+    @cached_property
     def adds_bos(self) -> bool:
-        """Whether a text begins with bos: tokenizer_config.json's word, else what tokenizer.json does."""
-        said = self.config.get("add_bos_token")
-        if self.bos_id is None or isinstance(said, bool):
-            return bool(said) and self.bos_id is not None
-        return self.encode("a", add_special=True)[:1] == [self.bos_id]
+        """Whether the tokenizer begins a text with bos, as `tokenizer(text)` of transformers does."""
+        return self.bos_id is not None and self.bos_id in self.begin_ids
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self.aware.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.aware.get_vocab(with_added_tokens=True)
+        return max(id for content, id in ids.items() if content not in self.undefined) + 1
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the tokens of any text or conversation may."""
-        said = {key: self.config.get(key) for key in ("bos_token", "eos_token", "add_bos_token")}
-        parts = (self.aware.to_str(), json.dumps([said, dict(self.templates)], sort_keys=True, default=str))
+        marks = self._marks
+        said = [dict(self.named), self.bos_id, self.eos_id, sorted(marks.special), sorted(marks.markup)]
+        parts = (self.aware.to_str(), json.dumps([said, dict(self.templates)], sort_keys=True))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def special(self) -> Mapping[str, int]:
+        """Tokens that are no text, and their ids: named ones, those flagged special, those the template writes.
+
+        An added token that is not flagged is taken for text unless the template writes it (`<|im_end|>`).
+        """
+        ids = {content: self.aware.token_to_id(content) for content in sorted(self._marks.special)}
+        return {content: id for content, id in ids.items() if id is not None}
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever trains with this tokenizer should be told, a sentence each."""
+        said = []
+        if self.eos_id is None:
+            said.append(
+                f"the tokenizer in {self.path} names no eos token: texts and completions end without one, so a model "
+                "trained on them does not learn to stop; name it in tokenizer_config.json as eos_token"
+            )
+        if getattr(self.aware, "fix_mistral_regex", None) is False:
+            said.append(
+                f"the tokenizer in {self.path} splits words by a pattern that Mistral has corrected since; "
+                '"fix_mistral_regex": true in tokenizer_config.json takes the corrected one'
+            )
+        return tuple(said)
 
     # Conversations ----------------------------------------------------------------------------------
 
-    @cached_property
-    def compiled_templates(self) -> dict[str, ChatTemplate]:
-        return {name: ChatTemplate(text, where=self.template_file) for name, text in self.templates.items()}
+    @property
+    def templates(self) -> Mapping[str, str]:
+        """Chat templates by name; `default` is the usual one."""
+        return self.chat.texts
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation, as the checkpoint's authors write it. Raises DataError in one line."""
+        """Return the text of a conversation, as the checkpoint's authors write it. Raises DataError in one line."""
         return self.render(messages, add_generation_prompt=add_generation_prompt, **variables).replace(GUARD, "")
 
     def render(
@@ -162,46 +192,60 @@ class Tokenizer:
     ) -> str:
         """As `apply_chat_template`, for `encode_rendered`: special tokens in the caller's strings are broken by GUARD.
 
-        So an `<|eot_id|>` that somebody typed into a message is text, and the template's own is a token.
+        So an `<|eot_id|>` that somebody typed into a message is text, and the template's own is a token. An assistant
+        may write the markup that the template itself keeps inside a turn (`<think>`).
         """
-        template = self._template(has_tools=bool(variables.get("tools")))
-        tokens = {name: self._content(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        named = {name: content for name, content in tokens.items() if content is not None}
-        protected = {name: self._protect(value) for name, value in variables.items()}
-        return template.render(
-            self._protect(list(messages)), **{**protected, **named}, add_generation_prompt=add_generation_prompt
-        )
+        reserved = sorted(variables.keys() & self.chat.reserved)
+        if reserved:
+            raise DataError(
+                f"a chat template cannot have a variable {reserved[0]!r}, which transformers keeps for itself; "
+                "take it out of chat_template_kwargs"
+            )
+        # No variable may pose as a special token.
+        given = {name: self._marks.broken_in(value) for name, value in variables.items() if name not in self.named}
+        said = [self._marks.broken_in_message(message) for message in messages]
+        return self.chat.render(said, add_generation_prompt=add_generation_prompt, **given)
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a rendered conversation, and where in it (in characters) each token begins.
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids of a rendered conversation, and where in it (in characters) each begins and stops.
 
         A GUARD in the text is a place that no token crosses; it leaves no token itself. Raises DataError if the
         tokenizer cannot keep it apart.
         """
         _check_characters(text)
-        return _apart(self.aware.encode_batch([text], add_special_tokens=False)[0], text)
+        return without_guards(_encoding(self.aware, text), text)
 
     # Inside -----------------------------------------------------------------------------------------
 
-    def _content(self, name: str) -> str | None:
-        value = self.config.get(name)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        return value if isinstance(value, str) else None
-
     def _id(self, name: str) -> int | None:
-        content = self._content(name)
-        if content is not None:
-            return self.aware.token_to_id(content)
-        value = self.config.get(f"{name}_id")
+        if name in self.named:
+            return self.aware.token_to_id(self.named[name])
+        value = read_object(self.path / "config.json").get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, int) else None
 
-    def _template(self, *, has_tools: bool) -> ChatTemplate:
-        compiled = self.compiled_templates
-        name = "tool_use" if has_tools and "tool_use" in compiled else "default"
-        if name not in compiled:
-            raise DataError(f"the tokenizer in {self.path} has no chat template; give one with --chat-template FILE")
-        return compiled[name]
+    @cached_property
+    def _marks(self) -> Marks:
+        """Special tokens by flag, by name, and by what the template writes."""
+        added = self.aware.get_added_tokens_decoder().values()
+        flagged = {token.content for token in added if token.special and token.content}
+        named = set(self.named.values())
+        turns = self._turns()
+        # Words and white space that a template writes are text, whatever was added to the vocabulary.
+        signs = {token.content for token in added if any(not (c.isalnum() or c.isspace()) for c in token.content)}
+        text = "\0".join((*map(literal_text, self.templates.values()), turns))
+        written = {content for content in signs if content in text}
+        special = (flagged | named | written) - self.undefined
+        inside = {content for content in written if content not in turns and content not in named} if turns else set()
+        return Marks(frozenset(special), frozenset(special - flagged - named), frozenset(inside))
+
+    def _turns(self) -> str:
+        """Return what the template writes around and between the turns of a chat; "" if it refuses the least one."""
+        roles = ("user", ASSISTANT, "user")
+        try:
+            return self.chat.render([{"role": role, "content": "x"} for role in roles])
+        except DataError:
+            return ""
 
     @cached_property
     def _indivisible(self) -> tuple[str, ...]:
@@ -209,34 +253,26 @@ class Tokenizer:
         return tuple(
             content
             for content, id in self.special.items()
-            if id in self.plain.encode(content, add_special_tokens=False).ids
+            if content not in self._marks.unflagged and id in self.plain.encode(content, add_special_tokens=False).ids
         )
 
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile("|".join(re.escape(content) for content in longest_first if len(content) > 1) or "(?!)")
-
     def _readable(self, text: str) -> str:
+        """Return the text with special tokens broken that `plain` finds. Raises DataError for what cannot be broken."""
         _check_characters(text)
         for content in self._indivisible:
             if content in text:
                 raise DataError(f"the text holds {content!r}, which this tokenizer can only read as a special token")
-        return text
+        return self._marks.broken_in_text(text)
 
-    def _protect(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._protect_text(value)
-        if isinstance(value, Mapping):
-            return {self._protect(key): self._protect(item) for key, item in value.items()}
-        return [self._protect(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def _protect_text(self, text: str) -> str:
-        if GUARD in text:
-            raise DataError("a message holds the character U+10FFF0, which zoo keeps for itself; take it out")
-        while self._special_pattern.search(text):
-            text = self._special_pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
-        return text
+def _encoding(backend: Backend, text: str, *, add_special: bool = False, offsets: bool = True) -> Encoding:
+    """Return the tokens of a text. Raises DataError if the vocabulary cannot spell it."""
+    # Calls for batches, unlike `encode`, let other threads run.
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        return encode([text], add_special_tokens=add_special)[0]
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer cannot read a text: {str(error)[:200]}") from None
 
 
 def _check_characters(text: str) -> None:
@@ -244,91 +280,3 @@ def _check_characters(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"character {error.start} of the text is half of a surrogate pair; take it out") from None
-
-
-def _apart(encoding: Encoding, text: str) -> tuple[list[int], list[int]]:
-    """Ids and first characters of the tokens of a text, those of its GUARDs left out."""
-    ids, offsets = list(encoding.ids), encoding.offsets
-    if GUARD not in text:
-        return ids, [start for start, _ in offsets]
-    kept = []
-    for id, (start, stop) in zip(ids, offsets, strict=True):
-        if GUARD not in text[start:stop]:
-            kept.append((id, start))
-        elif text[start:stop].strip(GUARD):
-            raise DataError(f"this tokenizer cannot keep {text[start:stop].replace(GUARD, '')!r} in two parts")
-    return [id for id, _ in kept], [start for _, start in kept]
-
-
-# Reading the files --------------------------------------------------------------------------------
-
-
-def _tokenizer_json(path: Path) -> str:
-    if (path / "tokenizer.json").is_file():
-        return _read_text(path / "tokenizer.json", hint="copy it again from the checkpoint it belongs to")
-    if not path.is_dir():
-        raise DataError(f"{path} is not a directory with a tokenizer; give a Hugging Face directory with --from DIR")
-    found = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
-    instead = f" (only {found[0]}: save it once with transformers' AutoTokenizer)" if found else ""
-    raise DataError(
-        f"{path} has no tokenizer.json{instead}; copy the one of the checkpoint there, "
-        "or give a directory that has it with --from DIR"
-    )
-
-
-def _backend(text: str, path: Path) -> Backend:
-    try:
-        backend = Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path / 'tokenizer.json'} is not a tokenizer: {one_line(error)}") from None
-    # A file may ask for cuts and padding at some length; documents are cut here and nowhere else.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _special_tokens(backend: Backend) -> dict[str, int]:
-    added: Mapping[int, AddedToken] = backend.get_added_tokens_decoder()
-    return {token.content: id for id, token in added.items() if token.special and token.content}
-
-
-def _merged_config(path: Path) -> dict[str, Any]:
-    ids = _read_json(path / "config.json")
-    kept: dict[str, Any] = {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in ids}
-    named = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
-    return {**kept, **named}
-
-
-def _templates(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return {"default": _read_text(file, hint="give another with --chat-template FILE")}, str(file)
-    said = config.get("chat_template")
-    where = str(path / "tokenizer_config.json")
-    if isinstance(said, str):
-        return {"default": said}, where
-    if not isinstance(said, list):
-        return {}, where
-    entries = [entry for entry in said if isinstance(entry, Mapping)]
-    return {str(entry.get("name")): str(entry.get("template")) for entry in entries}, where
-
-
-def _read_text(path: Path, *, hint: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{path} cannot be read: {reason}; {hint}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    text = _read_text(path, hint="copy it again from the checkpoint it belongs to")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value

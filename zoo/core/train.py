@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
-import socket
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from zoo.core import checkpoint, order, weights
+from zoo.core import checkpoint, finished, order, weights
+from zoo.core.agreement import agreed, compare, shared
 from zoo.core.checkpoint import Checkpoints
+from zoo.core.checksums import Checksums
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
-from zoo.core.errors import DataError, NumericsError, PluginError, SavedOnSignal, UsageError, ZooError
+from zoo.core.errors import DataError, NumericsError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.forward_backward import Counts
 from zoo.core.inventory import meta_model, rules_for
 from zoo.core.job import Job
+from zoo.core.launch import inside_launcher
 from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.numerics import first_of_ranks, traced
 from zoo.core.optim import build_optimizer, build_schedule
-from zoo.core.plugins import Plugins, differences
+from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
-from zoo.core.resume import check_same_run, same_run
-from zoo.core.rows import RowStream, open_rows
+from zoo.core.resume import checked_progress, same_run
+from zoo.core.rows import RowStream
 from zoo.core.saver import Saved, Saver
-from zoo.core.signals import StopSignals
+from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
 from zoo.core.step import TrainState, train_step
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.verify import check_source_among_ranks, on_rank_zero
 from zoo.core.voice import FirstRankVoice, Voice
-from zoo.core.watchdog import DEFAULT_TIMEOUT_S, Heart
-from zoo.core.world import host_group, process_group
+from zoo.core.watchdog import Heart
+from zoo.core.world import any_rank, host_group, process_group
 
 
 def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
@@ -49,31 +53,46 @@ def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
-    joined = process_group(job.layout.timeout or DEFAULT_TIMEOUT_S)
-    with determinism(job.model.deterministic), joined as device, StopSignals() as signals:
-        _same_plugins(plugins)
-        registry = Registry(plugins)
-        prepared = prepare(job, registry, world_size=dist.get_world_size())
-        with _alone_in(prepared.out):
-            run = _Run.build(prepared, registry, device)
-            voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+    registry = Registry(plugins)
+    with joined(heart) as (signals, device):
+        prepared = agreed(lambda: prepare(job, registry, world_size=dist.get_world_size()), plugins)
+        return train_prepared(prepared, registry, signals, heart, device)
+
+
+@contextlib.contextmanager
+def joined(heart: Heart) -> Iterator[tuple[StopSignals, torch.device]]:
+    """Join the other ranks, and hear signals; gives this rank's device too."""
+    heart.enters("joining the other ranks")
+    with StopSignals(alone=not inside_launcher()) as signals, process_group() as device:
+        heart.enters("reading the job")
+        yield signals, device
+
+
+def train_prepared(
+    prepared: Prepared, registry: Registry, signals: StopSignals, heart: Heart, device: torch.device
+) -> Path:
+    """Do as `train`, once ranks have joined, with a job that is the same on all of them."""
+    with determinism(prepared.job.model.deterministic), _alone_in(prepared.out):
+        heart.enters("building the model")
+        run = _Run.build(prepared, registry, device)
+        voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+        try:
             try:
-                try:
-                    _loop(run, signals, voice, heart)
-                except NumericsError as error:
+                _loop(run, signals, voice, heart)
+            except NumericsError as error:
+                _heard(run.saver.wait(), voice)
+                raise _blamed(error, run, registry, voice, heart) from None
+        except BaseException as error:
+            # Ranks that end by their own word, alone or together, have peers that still write what was begun.
+            if isinstance(error, ZooError) or dist.get_world_size() == 1:
+                with contextlib.suppress(Exception):  # of which this is not the cause
                     _heard(run.saver.wait(), voice)
-                    raise _blamed(error, run, registry, voice, heart) from None
-            except BaseException as error:
-                # Ranks that end by their own word, alone or together, have peers that still write what was begun.
-                if isinstance(error, ZooError) or dist.get_world_size() == 1:
-                    with contextlib.suppress(Exception):  # of which this is not the cause
-                        _heard(run.saver.wait(), voice)
-                voice.ended(error)
-                raise
-            finally:
-                run.close()
-            voice.ended(None)
-            return run.path
+            voice.ended(error)
+            raise
+        finally:
+            run.close()
+        voice.ended(None)
+        return run.path
 
 
 @dataclass(slots=True)
@@ -91,14 +110,17 @@ class _Run:
     path: Path
     first_step: int
     position: Position
+    notes: Sequence[str]
+    """What is to be said of the checkpoints that were found."""
 
     @classmethod
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> _Run:
-        """Mesh, model, weights, optimizer, data, and what a checkpoint knows, in this order."""
+        """Mesh, data, model, weights, optimizer, and what a checkpoint knows, in this order."""
         job, path = prepared.job, prepared.out
         mesh = Mesh(prepared.degrees, device.type)
+        stream = shared(lambda: prepared.open_rows(registry) if reads_data(mesh) else None)
+        compare(stream.identity if stream else None, "Give every host the same files")
         state = _build_state(prepared, mesh, device)
-        stream = _open_stream(prepared, registry) if reads_data(mesh) else None
         meter = Meter(
             seq=job.data.seq,
             global_batch=prepared.global_batch,
@@ -107,9 +129,9 @@ class _Run:
             device=device,
         )
         checkpoints = Checkpoints(path, keep=job.checkpoint.keep)
+        saved, notes = on_rank_zero(lambda: _start_from(checkpoints, job.checkpoint.resume))
         if dist.get_rank() == 0:
-            checkpoints.tidy()
-        saved = checkpoint.resume_point(path, job.checkpoint.resume)
+            prepared.hub_files  # noqa: B018 - read now: the source may be gone, or another, when a save is due
         if saved is not None:
             _resume(saved, prepared, state, stream, meter)
         position = Position.of(stream)
@@ -125,8 +147,8 @@ class _Run:
             windows=prepared.windows,
             steps=job.schedule.steps - state.step,
         )
-        saver = Saver(checkpoints, host_group(job.layout.timeout or DEFAULT_TIMEOUT_S))
-        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position)
+        saver = Saver(checkpoints, host_group())
+        return cls(prepared, state, feed, stream, checkpoints, saver, meter, device, path, state.step, position, notes)
 
     def step(self) -> Pending:
         """One optimizer step. Random numbers depend on seed and step only, so a resumed run draws the same."""
@@ -149,7 +171,7 @@ class _Run:
             "cursor": self.position.cursor,
         } | same_run(self.prepared)
         save = self.saver.start if beside else self.saver.write
-        saved = save(self.state, progress, self.prepared.hub_files)
+        saved = save(self.state, progress, lambda: self.prepared.hub_files)
         self.meter.restart_clock()
         return saved
 
@@ -159,17 +181,20 @@ class _Run:
         if self.stream is not None:
             self.stream.close()
 
-    def rows_read(self) -> str:
-        """What became of the samples so far. Nothing is left out in silence."""
-        stats, fill = self.position.stats, 100 * self.position.fill
+    def rows_read(self, position: Position) -> str:
+        """What became of the samples up to a position. Nothing is left out in silence."""
+        stats, fill = position.stats, 100 * position.fill
         if stats is None:
             return ""
         trained, empty = 100 * stats.trained_tokens / max(1, stats.tokens), self.meter.empty_steps
-        return (
+        rows = (
             f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
             f"trained; {stats.split:,} split, {stats.truncated:,} truncated, {stats.dropped:,} dropped, "
-            f"{stats.blank:,} blank{f'; {empty:,} steps trained nothing' if empty else ''}"
+            f"{stats.blank:,} blank"
+            f"{f'; {stats.unlabelled:,} pieces without a label left out' if stats.unlabelled else ''}"
+            f"{f'; {empty:,} steps trained nothing' if empty else ''}"
         )
+        return "\n".join([rows, *(f"{'warning':<10}{line}" for line in stats.remarks.lines())])
 
     @property
     def info(self) -> RunInfo:
@@ -187,19 +212,23 @@ class _Run:
 
 def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
     job = run.prepared.job
+    _begin(run, signals, heart)
     voice.started()
+    _say_what_is_read(run, voice)
+    for note in run.notes:
+        voice.noted(note)
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
         heart.beat()
         run.meter.add(run.step())
         step = run.state.step
-        stopping = signals.any_rank_asked()
+        stopping = any_rank(signals.asked)
         last = step == job.schedule.steps
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
             _report(run, voice)
-        if step == run.first_step + 1 or last:
-            voice.noted(run.rows_read())
+        if last:
+            voice.noted(run.rows_read(run.position))
         _heard(run.saver.ended(), voice)
         if last and not run.meter.trained:
             raise _nothing_trained(job)
@@ -207,6 +236,19 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
+
+
+def _begin(run: _Run, signals: StopSignals, heart: Heart) -> None:
+    """Wait until every rank has its first data, the end of the start. Raises SavedOnSignal on all if one was asked.
+
+    All wait once before signals are left to `signals`: a rank that a signal ends then leaves none in its first step.
+    """
+    heart.enters("reading the first data")
+    run.feed.ready()
+    any_rank(signals.asked)
+    start_is_over()
+    if any_rank(signals.asked) and run.state.step < run.prepared.job.schedule.steps:
+        raise SavedOnSignal(NOTHING_YET)
 
 
 def _report(run: _Run, voice: Voice) -> None:
@@ -229,6 +271,16 @@ def _nothing_trained(job: Job) -> DataError:
     )
 
 
+def _say_what_is_read(run: _Run, voice: Voice) -> None:
+    """Say before the first step what became of its samples: what is wrong with the data need not cost a step."""
+    ahead = run.feed.ahead() if run.stream is not None else None
+    if run.stream is None or ahead is None:
+        return
+    for note in run.stream.notes:
+        voice.noted(f"{'warning':<10}{note}")
+    voice.noted(run.rows_read(ahead))
+
+
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
     """The error with the module it began in: from the last checkpoint on the steps are computed again; collective.
 
@@ -237,6 +289,7 @@ def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, h
     own = run.checkpoints.steps()
     kept = f"step-{own[-1]} is intact" if own else "there was no checkpoint yet"
     voice.noted(f"{error}; computing from step {own[-1] if own else run.first_step} on again, to find the module")
+    heart.enters("computing again, to find the module")
     run.feed.drain()
     del run.state  # to make room
     gc.collect()
@@ -288,6 +341,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         device=device,
     )
     if prepared.source is not None:
+        check_source_among_ranks(prepared.source)
         source = prepared.source.tensors
         rules = () if prepared.source.own_names else rules_for(spec, config, source)
         weights.load_into(model, source, rules, whole_model=meta_model(spec, config))
@@ -307,31 +361,19 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
     )
 
 
-def _open_stream(prepared: Prepared, registry: Registry) -> RowStream:
-    job = prepared.job
-    path = prepared.origin.tokenizer_path
-    tokenizer = Tokenizer.from_directory(path)
-    if tokenizer.vocab_size > prepared.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens and the model only "
-            f"{prepared.config.vocab_size}; --from must name a directory whose tokenizer belongs to its weights"
-        )
-    return open_rows(
-        registry,
-        data=str(job.data.path),
-        data_format=job.data.format,
-        tokenizer=tokenizer,
-        seq=job.data.seq,
-        seed=job.data.seed,
-        overlong=job.data.overlong,
-        loss_on=job.data.loss_on,
-        chat_template=job.data.chat_template,
-    )
+def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, list[str]]:
+    """Put the checkpoints of a run in order, on one rank. Return the one to go on from, and lines about all that."""
+    notes = checkpoints.tidy()
+    saved = finished.resume_point(checkpoints.run, resume)
+    if saved is not None:
+        notes += checkpoints.make_way(finished.read_progress(saved)["step"])
+        if Checksums.read(saved) is None:
+            notes.append(f"{saved} has no checksums, as an older zoo saved it; it was read unchecked")
+    return saved, notes
 
 
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
-    progress = checkpoint.read_progress(saved)
-    check_same_run(saved, progress, prepared)
+    progress = checked_progress(saved, prepared)
     checkpoint.load(state, saved)
     meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
     meter.empty_steps = progress.get("empty_steps", 0)
@@ -340,12 +382,11 @@ def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStrea
 
 
 def _alone_in(run: Path) -> IO[str]:
-    """Make the run directory and lock it against a second process that would write the same checkpoints.
+    """Lock the run directory against a second process that would write the same checkpoints.
 
     The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("a")
+    file = shared(lambda: _lock_file(run))
     taken = [False]
     if dist.get_rank() == 0:
         try:
@@ -358,22 +399,29 @@ def _alone_in(run: Path) -> IO[str]:
     return file
 
 
-def _same_plugins(plugins: Plugins) -> None:
-    """Compare what every rank loaded, before anything depends on it. Raises PluginError."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (plugins.fingerprint(), socket.gethostname(), plugins.resolved()))
-    for rank, (fingerprint, host, resolved) in enumerate(everyone):
-        if fingerprint != everyone[0][0]:
-            what = "; ".join(differences(everyone[0][2], resolved))
-            raise PluginError(
-                f"rank {rank} (host {host}) loaded other plugins than rank 0: {what}. "
-                f"Install the same environment on every host; compare `zoo plugins`"
-            )
+def _lock_file(run: Path) -> IO[str]:
+    """Make the run directory and open its lock. Raises UsageError where nothing can be written."""
+    checkpoints = run / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run, checkpoints):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        lock = run / ".lock"
+        # In a copy it may be read-only or somebody else's; it is locked all the same.
+        return lock.open("r" if lock.exists() and not os.access(lock, os.W_OK) else "a")
+    except OSError as error:
+        raise UsageError(
+            f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
+            f"(chmod -R u+w {run}), or give another --out"
+        ) from None
 
 
 def _voice(run: _Run, registry: Registry) -> Voice:
     """The voice of rank 0; leaves config.yaml on the way."""
     job = run.prepared.job
-    (run.path / "config.yaml").write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh = run.path / ".config.yaml.new"
+    fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+    fresh.replace(run.path / "config.yaml")
     trackers = [registry.trackers.load(name)(run.path) for name in job.log.track]
     return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)

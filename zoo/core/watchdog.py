@@ -1,4 +1,4 @@
-"""Ranks that hang: noticed when no step ends in time, and reported with the Python stacks of all ranks."""
+"""Ranks that hang: noticed when no step and no part of the start ends in time, reported with all ranks' stacks."""
 
 from __future__ import annotations
 
@@ -13,55 +13,130 @@ import sysconfig
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 DEFAULT_TIMEOUT_S = 1800.0
-"""Longest that a step, a save or the start may take if `layout.timeout` does not say."""
-MARGIN_S = 30.0
-"""How much later torch's own timeouts come, which say less."""
+"""Longest that a step with its save may take if `layout.timeout` does not say, and the least that a part of the start
+may take whatever it says: imports and weights take as long as a disk and the other jobs of a machine let them."""
 RESUMES = "The same command resumes from the last finished checkpoint"
 _ANSWER_S = 2.0
 _FRAME = re.compile(r'File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>\S+)')
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds until a rank counts as hung."""
+
+    step: float
+    start: float
+
+    @classmethod
+    def of(cls, timeout_s: float | None) -> Limits:
+        """Return those of a job whose `layout.timeout` is that."""
+        step = timeout_s or DEFAULT_TIMEOUT_S
+        return cls(step=step, start=max(step, DEFAULT_TIMEOUT_S))
+
+    @property
+    def pause(self) -> float:
+        """How often to look."""
+        return min(0.5, self.step / 10, self.start / 10)
+
+    def passed(self, *, starting: bool) -> str:
+        """Say which was passed."""
+        if starting:
+            return f"the start came no further in {self.start:g} s"
+        return f"no step ended in {self.step:g} s (layout.timeout)"
+
+
+class Ticks:
+    """Seconds during which this process ran: a job that was suspended meanwhile has not hung."""
+
+    def __init__(self, pause_s: float) -> None:
+        self._most = 2 * pause_s
+        self._last = time.monotonic()
+        self.now = 0.0
+
+    def tick(self) -> None:
+        """Count what passed since the last tick, at most twice what there should be between two."""
+        now = time.monotonic()
+        self.now += min(now - self._last, self._most)
+        self._last = now
+
+
 class Heart:
-    """What a rank beats once a step, inside `with`. This one is of a single process, for which nobody waits."""
+    """What a rank beats, inside `with`. This one is of a single process, for which nobody waits."""
 
     def __enter__(self) -> Self:
-        self.beat()
         return self
 
+    def expects(self, limits: Limits) -> None:
+        """Go by a job's own limits from now on, where this rank watches itself."""
+
+    def enters(self, part: str) -> None:
+        """A part of the start begins, named as in `joining the other ranks`."""
+
     def beat(self) -> None:
-        """Something ended: the start, a step with its save."""
+        """A step begins; the start, or the step before with its save, has ended."""
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What a rank left of itself."""
+
+    beats: int
+    part: str
+    """Of the start, or empty between the first step and the end."""
+
+    @property
+    def steps(self) -> bool:
+        return not self.part
+
+
+NOT_THERE = Pulse(0, "not begun")
 
 
 class WatchedHeart(Heart):
     """In the folder of zoo's launcher: leaves how often it beat, and the stacks of its threads when sent SIGUSR2."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._beats = 0
+        self._pulse = Pulse(0, "")
         self._file = folder / f"{rank}.beat"
         self._stacks = (folder / f"{rank}.stacks").open("w")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self.enters("importing")
 
-    def __enter__(self) -> Self:
+    def enters(self, part: str) -> None:
+        self._pulse = Pulse(self._pulse.beats + 1, part)
         fresh = self._file.with_name(f".{self._file.name}")
-        fresh.touch()
-        os.utime(fresh, (0, 0))
+        fresh.write_text(part)
+        os.utime(fresh, (self._pulse.beats, self._pulse.beats))
         fresh.rename(self._file)
-        return super().__enter__()
 
     def beat(self) -> None:
-        self._beats += 1
+        if not self._pulse.steps:
+            self.enters("")
+            return
+        self._pulse = Pulse(self._pulse.beats + 1, "")
         # A file's time takes a number at once and on a full disk.
-        os.utime(self._file, (self._beats, self._beats))
+        os.utime(self._file, (self._pulse.beats, self._pulse.beats))
 
     def __exit__(self, *_: object) -> None:
         self._file.unlink(missing_ok=True)
+
+
+def pulses(folder: Path) -> dict[int, Pulse]:
+    """Return what ranks left that have begun and not ended."""
+    found = {}
+    for path in folder.glob("[0-9]*.beat"):
+        with contextlib.suppress(FileNotFoundError):
+            part = path.read_text()
+            found[int(path.stem)] = Pulse(int(path.stat().st_mtime), part)
+    return found
 
 
 class LoneHeart(Heart):
@@ -71,29 +146,46 @@ class LoneHeart(Heart):
     ranks lost each other it watches on: threads that wait for those that are gone keep a process from ending.
     """
 
-    def __init__(self, rank: int, timeout_s: float | None) -> None:
+    def __init__(self, rank: int, limits: Limits) -> None:
         self._rank = rank
-        self._timeout_s = timeout_s or DEFAULT_TIMEOUT_S
-        self._last = time.monotonic()
+        self._limits = limits
+        self._part = "starting"
+        self._beats = 0
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._watch, daemon=True).start()
-        return super().__enter__()
+        self.enters(self._part)
+        return self
+
+    def expects(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def enters(self, part: str) -> None:
+        self._part = part
+        self._beats += 1
+        # For a rank that is stuck where no thread of Python gets its turn.
+        faulthandler.dump_traceback_later(self._limit + _ANSWER_S, exit=True)
 
     def beat(self) -> None:
-        self._last = time.monotonic()
-        # For a rank that is stuck where no thread of Python gets its turn.
-        faulthandler.dump_traceback_later(self._timeout_s + _ANSWER_S, exit=True)
+        self.enters("")
 
     def __exit__(self, *error: object) -> None:
         if not isinstance(error[1], RuntimeError):
             self._over.set()
             faulthandler.cancel_dump_traceback_later()
 
+    @property
+    def _limit(self) -> float:
+        return self._limits.start if self._part else self._limits.step
+
     def _watch(self) -> None:
-        while not self._over.wait(min(0.5, self._timeout_s / 10)):
-            if time.monotonic() - self._last > self._timeout_s:
+        clock, beats, since = Ticks(self._limits.pause), 0, 0.0
+        while not self._over.wait(self._limits.pause):
+            clock.tick()
+            if beats != self._beats:
+                beats, since = self._beats, clock.now
+            if clock.now - since > self._limit:
                 self._report()
                 os._exit(1)
 
@@ -105,8 +197,8 @@ class LoneHeart(Heart):
         does = "waits" if _waits(stacks) else "hangs"
         sys.stderr.write(
             f"rank {self._rank}:\n{_busy_threads(stacks)}\n"
-            f"Error: no step ended in {self._timeout_s:g} s (layout.timeout): "
-            f"rank {self._rank} {does} {_place(stacks)}. {RESUMES}\n"
+            f"Error: {self._limits.passed(starting=bool(self._part))}: "
+            f"rank {self._rank} {does} {_place(stacks)}{_during(self._part)}. {RESUMES}\n"
         )
         sys.stderr.flush()
 
@@ -117,9 +209,10 @@ class Watchdog:
     `verdict` then says which rank hangs and where the others wait, and `stacks` is what all of them were doing.
     """
 
-    def __init__(self, folder: Path, timeout_s: float | None) -> None:
+    def __init__(self, folder: Path, num_ranks: int, limits: Limits) -> None:
         self._folder = folder
-        self._timeout_s = timeout_s or DEFAULT_TIMEOUT_S
+        self._num_ranks = num_ranks
+        self._limits = limits
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.verdict: str | None = None
@@ -134,29 +227,27 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause = min(0.5, self._timeout_s / 10)
-        since: dict[int, tuple[int, float]] = {}
-        while not self._over.wait(pause):
-            # By a clock that nobody sets, and that stands still while the machine sleeps.
-            now, beats = time.monotonic(), self._beats()
-            since = {rank: _kept(since.get(rank), number, now) for rank, number in beats.items()}
-            if since and now - min(began for _, began in since.values()) > self._timeout_s:
-                self._report(beats)
+        clock = Ticks(self._limits.pause)
+        began: set[int] = set()
+        since: dict[int, tuple[Pulse, float]] = {}
+        while not self._over.wait(self._limits.pause):
+            clock.tick()
+            there = pulses(self._folder)
+            began |= there.keys()
+            seen = {rank: NOT_THERE for rank in range(self._num_ranks) if rank not in began} | there
+            since = {rank: _kept(since.get(rank), pulse, clock.now) for rank, pulse in seen.items()}
+            # A rank in its first step may wait for one that still starts.
+            starting = any(not pulse.steps for pulse in seen.values())
+            limit = self._limits.start if starting else self._limits.step
+            if since and clock.now - min(at for _, at in since.values()) > limit:
+                self._report(seen, self._limits.passed(starting=starting))
                 _send(self._folder, signal.SIGKILL)
                 return
 
-    def _beats(self) -> dict[int, int]:
-        """How often each rank beat, of those that began and have not ended."""
-        beats = {}
-        for path in self._folder.glob("[0-9]*.beat"):
-            with contextlib.suppress(FileNotFoundError):
-                beats[int(path.stem)] = int(path.stat().st_mtime)
-        return beats
-
-    def _report(self, beats: dict[int, int]) -> None:
+    def _report(self, seen: dict[int, Pulse], passed: str) -> None:
         """Ask every rank for its stacks, and judge by them."""
         _send(self._folder, signal.SIGUSR2)
-        files = {rank: self._folder / f"{rank}.stacks" for rank in sorted(beats)}
+        files = {rank: self._folder / f"{rank}.stacks" for rank in sorted(seen) if seen[rank] != NOT_THERE}
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline and not all(file.stat().st_size for file in files.values()):
             time.sleep(0.05)
@@ -166,11 +257,13 @@ class Watchdog:
             f"rank {rank}:\n{_busy_threads(text) or '  (no answer)'}\n" for rank, text in said.items()
         )
         places = {rank: _place(text) for rank, text in said.items()}
-        hung = _suspects(beats, said, places)
-        where = "; ".join(
-            f"rank {rank} {'hangs' if rank in hung else 'waits'} {place}" for rank, place in places.items()
-        )
-        self.verdict = f"no step ended in {self._timeout_s:g} s (layout.timeout): {where}"
+        absent = sorted(seen.keys() - said.keys())
+        hung = absent or _suspects({rank: seen[rank].beats for rank in said}, said, places)
+        where = {
+            rank: f"rank {rank} {'hangs' if rank in hung else 'waits'} {place}{_during(seen[rank].part)}"
+            for rank, place in places.items()
+        } | {rank: f"rank {rank} has not begun" for rank in absent}
+        self.verdict = f"{passed}: {'; '.join(where[rank] for rank in sorted(where))}"
 
 
 def _suspects(beats: dict[int, int], said: dict[int, str], places: dict[int, str]) -> list[int]:
@@ -220,12 +313,16 @@ def _busy_threads(stacks: str) -> str:
     )
 
 
-def _kept(before: tuple[int, float] | None, number: int, now: float) -> tuple[int, float]:
-    """A number of beats, and since when it is that."""
-    return before if before is not None and before[0] == number else (number, now)
+def _kept(before: tuple[Pulse, float] | None, pulse: Pulse, now: float) -> tuple[Pulse, float]:
+    """A pulse, and since when it is that."""
+    return before if before is not None and before[0] == pulse else (pulse, now)
+
+
+def _during(part: str) -> str:
+    return f", {part}" if part else ""
 
 
 def _send(folder: Path, number: signal.Signals) -> None:
     for path in folder.glob("*.pid"):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ValueError):
             os.kill(int(path.read_text()), number)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from zoo.core.contracts import DataSource, Record
 from zoo.core.corpus import Corpus, Found, Place, shuffled
 from zoo.core.errors import DataError
 from zoo.core.packing import Address, Document, Piece, best_fit_decreasing, pieces
+from zoo.core.remarks import Remarks
 
 WINDOW_ROWS = 8
 WINDOW_TOKENS = 1 << 18
 """Documents are packed in windows of at least this many rows and tokens: more fills rows better, and takes memory."""
+
+_CHECKED_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,9 @@ class Stats:
     """Samples longer than a row that were left out, or had nothing trained in the part that fits."""
     blank: int = 0
     """Samples without any text, left out."""
+    unlabelled: int = 0
+    """Pieces of split samples in which nothing is trained, left out."""
+    remarks: Remarks = field(default_factory=Remarks)
 
     def __add__(self, other: Stats) -> Stats:
         return Stats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -42,6 +49,13 @@ class Stats:
     def fill(self, seq: int) -> float:
         """Share of the rows that is not padding; 0 before the first row."""
         return self.tokens / (self.rows * seq) if self.rows else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"remarks": self.remarks.as_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Stats:
+        return cls(**{**value, "remarks": Remarks.from_json(value["remarks"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +94,17 @@ class Windows:
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def check_first(self) -> None:
+        """Read the corpus's first sample as training will. Raises DataError naming it, or saying that there is none."""
+        source = self.corpus.source
+        found = (record for shard in source.shards() for record, _ in source.read(shard, 0))
+        first = next(found, None)
+        if first is None:
+            raise DataError(_empty(Stats(), self.corpus))
+        # Tokens of megabytes of plain text take seconds, and there is little in it that could be refused.
+        if sum(len(value) for value in first.fields.values() if isinstance(value, str)) <= _CHECKED_CHARACTERS:
+            self._to_document(first)
 
     def build(self, cursor: Cursor, carried: Sequence[Piece] | None = None) -> Window:
         """The window that begins at a cursor; `carried` are its carried pieces if they are at hand.
@@ -122,7 +147,7 @@ class Windows:
         for found, document in zip(block, documents, strict=True):
             cut, count = _cut(document, self.seq, found.at)
             read += cut
-            counts += count
+            counts += replace(count, remarks=Remarks.of(document.where, document.remarks))
         return read, counts
 
     def _read_again(self, cursor: Cursor) -> Iterable[Piece]:
@@ -130,9 +155,10 @@ class Windows:
             place = Place(shard, offset)
             record = self.corpus.at(cursor.epoch, place)
             cut = [] if record is None else _cut(self._to_document(record), self.seq, place)[0]
-            if number >= len(cut):
+            piece = next((piece for piece in cut if piece.address[2] == number), None)
+            if piece is None:
                 raise DataError("the corpus has changed since the checkpoint: a sample that was read is not there")
-            yield cut[number]
+            yield piece
 
 
 def encoding_threads() -> int:
@@ -152,10 +178,9 @@ def _cut(document: Document, seq: int, place: Place) -> tuple[list[Piece], Stats
     if len(document.tokens) <= seq:
         return cut, Stats()
     if document.overlong == "split":
-        return cut, Stats(split=1)
+        return cut, Stats(split=1, unlabelled=-(-len(document.tokens) // seq) - len(cut))
     # What is left of a truncated conversation may hold no answer at all.
-    trained = document.overlong == "truncate" and document.trained[1:seq].any()
-    return (cut, Stats(truncated=1)) if trained else ([], Stats(dropped=1))
+    return cut, Stats(truncated=1) if cut else Stats(dropped=1)
 
 
 def _packed_counts(rows: Sequence[Sequence[Piece]]) -> Stats:
@@ -167,8 +192,9 @@ def _check(documents: Sequence[Document], seq: int) -> None:
     """Raise DataError for documents with nothing trained, and for those that must not be longer than a row."""
     untrained = [document for document in documents if len(document.tokens) and not document.num_trained]
     if untrained:
+        said = [remark.kind for document in untrained for remark in document.remarks[:1]]
         raise DataError(
-            f"{_some(untrained)}: nothing in it is trained; type another --loss-on "
+            f"{_some(untrained)}: nothing in it is trained{f' ({said[0]})' if said else ''}; type another --loss-on "
             "(assistant, completion, last, all), or take such samples out"
         )
     overlong = [document for document in documents if len(document.tokens) > seq and document.overlong == "error"]
@@ -189,5 +215,6 @@ def _empty(stats: Stats, corpus: Corpus) -> str:
         return f"--data {corpus.name} has no samples ({corpus.source.fingerprint}); give something with text in it"
     return (
         f"--data {corpus.name}: no sample is left: of {stats.samples:,}, {stats.blank:,} are blank and "
-        f"{stats.dropped:,} longer than a row; type --overlong split or truncate, or a larger --seq"
+        f"{stats.dropped + stats.split:,} longer than a row, without a label in what fits; type --overlong split or "
+        "truncate, or a larger --seq"
     )

@@ -1,4 +1,4 @@
-"""One rank of a run, `python -m zoo.core.worker FOLDER`, started by the launcher; other programs serve alike."""
+"""What a rank of zoo's launcher does: take the work from the launcher's folder, do it, leave an error or an answer."""
 
 from __future__ import annotations
 
@@ -10,41 +10,37 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.core.job import Job
-from zoo.core.launch import Office
+from zoo.core.launcher_env import own_rank
+from zoo.core.office import Office
 from zoo.core.plugins import Plugins
 from zoo.core.train import train
-from zoo.core.watchdog import WatchedHeart
+from zoo.core.watchdog import Heart
 
 
-def answer(work: Callable[[dict[str, Any], Office], object], folder: Path) -> int:
+def answer(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path, heart: Heart) -> int:
     """Do as this rank what a launcher's folder asks for; returns the status to end with.
 
     An error is left where the launcher finds it.
     """
-    office, rank = Office(folder), int(os.environ["RANK"])
-    office.check_in(rank)
+    office, rank = Office(folder), own_rank()
     try:
-        work(json.loads(office.payload.read_text()), office)
+        with heart:
+            work(json.loads(office.payload.read_text()), office, heart)
     except BaseException as error:
         office.report(rank, error)
         return 1
     return 0
 
 
-def serve(work: Callable[[dict[str, Any], Office], object]) -> NoReturn:
-    """`answer` the folder named on the command line, and end."""
-    status = answer(work, Path(sys.argv[1]))
+def serve(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path, heart: Heart) -> NoReturn:
+    """`answer` a launcher's folder, and end the process."""
+    status = answer(work, folder, heart)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.
     os._exit(status)
 
 
-def train_as_asked(payload: dict[str, Any], office: Office) -> None:
+def train_as_asked(payload: dict[str, Any], _office: Office, heart: Heart) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
-    with WatchedHeart(office.root, int(os.environ["RANK"])) as heart:
-        train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)
-
-
-if __name__ == "__main__":
-    serve(train_as_asked)
+    train(Job.from_plain(payload["job"]), Plugins.from_resolved(payload["plugins"]), heart)

@@ -1,7 +1,6 @@
 """The balanced layout: equal tokens, equal area, few cuts, few K/V rows that travel, and quickly."""
 
 import random
-import time
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from benchmarks.balance import KINDS, areas, imbalance, least_travelling, packed, travelling
 from tests.core.attention.draw import patient
+from tests.work import lines_run
 from zoo.core.attention.balance import RIGHT, SLACK, _Circle, _Row, balanced, visible_before_each
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask, visible_before
@@ -180,16 +180,11 @@ def test_real_rows_are_balanced_and_little_travels(kind, length, degree):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "whole", "windowed", "mixed"])
-def test_a_million_tokens_and_64_ranks_take_less_than_50_ms(kind):
+def test_a_million_tokens_and_64_ranks_cost_no_loop_over_tokens(kind):
+    """As many lines of Python as take about 50 ms on a processor of 2024."""
     row = packed(kind, MILLION, random.Random(kind)) if kind in KINDS else Mask.whole(MILLION)
     row = packed("log-normal", MILLION, random.Random(kind)) if kind == "mixed" else row
     windowed = row.with_window(4096)
     work = {"windowed": [(windowed, 1)], "mixed": [(row, 8), (windowed, 24)]}.get(kind, [(row, 1)])
 
-    def seconds():
-        start = time.process_time()
-        balanced(work, 64)
-        return time.process_time() - start
-
-    # Other processes slow down even CPU time, so that one quick run among many is the proof.
-    assert any(seconds() < 0.05 for _ in range(40))
+    assert lines_run(lambda: balanced(work, 64)) < 100_000

@@ -1,10 +1,10 @@
 """Forecasts add up the stages of plans: what travels, what hides it, and the time that leaves."""
 
 import random
-import time
 
 import pytest
 
+from tests.work import lines_run
 from zoo.core.attention.forecast import BACKWARD_FLOPS, FORWARD_FLOPS, Rates, forecast, sent_bytes
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
@@ -130,7 +130,10 @@ def test_a_forecast_is_quick_at_a_million_tokens():
     length = 1 << 20
     cuts = sorted(random.Random(0).sample(range(1, length), 299))
     mask, layout = Mask(length, tuple(zip([0, *cuts], [*cuts, length]))), SequenceLayout.head_tail(length, 64)
-    start = time.process_time()
-    for scheme in (Ring(), Allgather(), Halo()):
-        forecast(scheme, mask, layout, HEADS, _rates(), ranks=[0, 32, 63])
-    assert time.process_time() - start < 2.0
+
+    def all_of_them():
+        for scheme in (Ring(), Allgather(), Halo()):
+            forecast(scheme, mask, layout, HEADS, _rates(), ranks=[0, 32, 63])
+
+    # Fewer than there are tokens: about half a second on a processor of 2024.
+    assert lines_run(all_of_them) < length

@@ -1,4 +1,8 @@
-"""The error of attention over many ranks is that of one kernel over the whole row, in bfloat16, from 2 to 32 ranks."""
+"""The error of attention over many ranks is that of one kernel over the whole row, in bfloat16, from 2 to 32 ranks.
+
+Errors are norms over hundreds of thousands of numbers, each rounded to bfloat16 at the same places by the same kernel,
+once for all ranks and once for one: how a processor adds in fp32 changes their ratio by less than a thousandth.
+"""
 
 import pytest
 import torch

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.patience import PATIENCE_S
 from zoo.core.attention import wire
-
-PATIENCE = 60.0
-"""Seconds after which a message that nobody answers is a failure."""
 
 
 @dataclass(eq=False)
@@ -25,7 +23,7 @@ class Message:
     lost: bool = False
 
     def wait(self):
-        if not self.done.wait(PATIENCE) or self.lost:
+        if not self.done.wait(PATIENCE_S) or self.lost:
             raise TimeoutError("a message was posted and nobody answered")
 
 

@@ -1,9 +1,8 @@
-"""Attention under each context scheme, timed on real ranks: `python -m zoo.core.attention.measure FOLDER` is one."""
+"""Attention under each context scheme, timed on real ranks."""
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +23,20 @@ from zoo.core.attention.wire import Link
 from zoo.core.context_choice import load_scheme
 from zoo.core.contracts import AttentionBackend, HeadShape
 from zoo.core.device import accelerator_type, attention_flops, memory_bytes
-from zoo.core.launch import Office, Work, launch, quiet_launcher
+from zoo.core.launch import Work, launch
+from zoo.core.launcher_env import own_rank
 from zoo.core.mesh import Degrees, Mesh
+from zoo.core.office import Office
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
-from zoo.core.worker import serve
+from zoo.core.watchdog import Heart
 from zoo.core.world import process_group
 
 PATIENCE = 4.0
 """Seconds that one forward and backward may be expected to take; longer rows are measured shorter."""
 SHORTEST = 1024
 MEASURING = Work(
-    module="zoo.core.attention.measure",
+    target="zoo.core.attention.measure:measure_as_asked",
     on_signal="stopping the ranks",
     again="Nothing was written; without --measure the figures come from the plans alone",
 )
@@ -87,7 +88,6 @@ def measure(trial: Trial, plugins: Plugins, num_ranks: int) -> dict[str, Timing]
 
     Raises what `launch` raises.
     """
-    quiet_launcher()
     found = launch({"trial": asdict(trial), "plugins": plugins.resolved()}, num_ranks, MEASURING)
     return {name: Timing(**{**timing, "totals": tuple(timing["totals"])}) for name, timing in found.items()}
 
@@ -170,12 +170,10 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _measure(payload: dict[str, Any], office: Office) -> None:
+def measure_as_asked(payload: dict[str, Any], office: Office, heart: Heart) -> None:
+    """Time schemes as one rank of a launcher; rank 0 leaves the answer."""
+    heart.enters("measuring")
     trial, plugins = Trial.from_plain(payload["trial"]), Plugins.from_resolved(payload["plugins"])
     found = time_schemes(trial, Registry(plugins))
-    if os.environ["RANK"] == "0":
+    if own_rank() == 0:
         office.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))
-
-
-if __name__ == "__main__":
-    serve(_measure)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from zoo.core.errors import DataError
 from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
-from zoo.plugins.data.conversation import Conversation, checked_messages, template_variables
+from zoo.plugins.data.conversation import Conversation, template_variables
+from zoo.plugins.data.markers import spelt_remarks
+from zoo.plugins.data.turns import read_messages
 
 
 def completion_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -21,7 +23,7 @@ def completion_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> 
             f"{record.where}: columns prompt and completion must be two strings or two lists of messages, "
             f"not {type(prompt).__name__} and {type(completion).__name__}"
         )
-    return _of_messages(record, tokenizer, everything=loss_on == "all")
+    return _of_messages(record, tokenizer, loss_on=loss_on)
 
 
 def _of_texts(record: Record, prompt: str, completion: str, tokenizer: Tokenizer, *, everything: bool) -> Sample:
@@ -30,21 +32,20 @@ def _of_texts(record: Record, prompt: str, completion: str, tokenizer: Tokenizer
         first, second = tokenizer.encode_pair(prompt, completion)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        first.insert(0, tokenizer.bos_id)
+    remarks = spelt_remarks((prompt, completion), {*first, *second}, tokenizer.special)
+    first[:0] = tokenizer.begin_ids
     if tokenizer.eos_id is not None:
         second.append(tokenizer.eos_id)
-    return Sample(first + second, [everything] * len(first) + [True] * len(second))
+    return Sample(first + second, [everything] * len(first) + [True] * len(second), remarks)
 
 
-def _of_messages(record: Record, tokenizer: Tokenizer, *, everything: bool) -> Sample:
-    prompt = checked_messages(record.fields["prompt"], column="prompt", where=record.where)
-    completion = checked_messages(record.fields["completion"], column="completion", where=record.where)
-    conversation = Conversation(
+def _of_messages(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
+    prompt = read_messages(record.fields["prompt"], column="prompt", where=record.where)
+    completion = read_messages(record.fields["completion"], column="completion", where=record.where)
+    return Conversation(
         messages=[*prompt, *completion],
         variables=template_variables(record),
         tokenizer=tokenizer,
         where=record.where,
-    )
-    turns = [len(prompt) + i for i, message in enumerate(completion) if message["role"] == "assistant"]
-    return conversation.sample(None if everything else turns)
+        answers_from=len(prompt),
+    ).sample(loss_on if loss_on == "all" else "assistant")

@@ -1,17 +1,20 @@
-"""What of a rendered conversation is trained: spans found by rendering its beginnings, for any chat template."""
+"""A conversation as a sample: rendered by any chat template, with what is trained and what is odd about it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from zoo.core.errors import DataError
-from zoo.core.formats import Record, Sample
-from zoo.core.tokenizer import Tokenizer
-
-Span: TypeAlias = tuple[int, int]
+from zoo.core.formats import Record, Remark, Sample
+from zoo.core.tokenizer import GUARD, Tokenizer
+from zoo.plugins.data.forms import forms
+from zoo.plugins.data.losses import lost
+from zoo.plugins.data.markers import lacking, spelt_in_turns
+from zoo.plugins.data.spans import Span, Turns
+from zoo.plugins.data.turns import ASSISTANT, UNTRAINED, Message, call_of, described, from_json, is_trained
 
 _OWN_VARIABLES = {"messages", "add_generation_prompt", "self"}
 """What rendering itself gives to a template."""
@@ -21,107 +24,152 @@ _OWN_VARIABLES = {"messages", "add_generation_prompt", "self"}
 class Conversation:
     """Messages under a tokenizer's template. Errors say `where` the record is."""
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Message]
     variables: Mapping[str, Any]
     """What else the template may use: tools, documents."""
     tokenizer: Tokenizer
     where: object
+    answers_from: int = 0
+    """Index of the first message that may be trained."""
 
-    def sample(self, turns: Sequence[int] | None) -> Sample:
-        """Trained on the messages with these indices, or on everything if None.
+    def sample(self, loss_on: str) -> Sample:
+        """Return the tokens, trained on the assistant's turns (`assistant`), the last of them (`last`), or on `all`.
 
-        A turn's span is what the template adds to the rendering of all before it plus the generation prompt: the
-        content and the end-of-turn token, without the header that a model is given. Raises DataError if the template
-        rewrites earlier turns, so that there is no such span.
+        A turn whose `weight` is 0 or whose `train` is false is never trained. Raises DataError if what is trained
+        cannot be told apart.
         """
-        text = self._render(len(self.messages))
-        spans = [(0, len(text))] if turns is None else [self._span(text, turn) for turn in turns]
+        said = [i for i, one in enumerate(self.messages) if i >= self.answers_from and one["role"] == ASSISTANT]
+        kept = [i for i in said if is_trained(self.messages[i], where=f"{self.where}: message {i + 1}")]
+        wanted = {"all": [i for i in said if i not in kept], "last": kept[-1:], "completion": kept[-1:]}
         try:
-            tokens, starts = self.tokenizer.encode_rendered(text)
+            return self._sample(wanted.get(loss_on, kept), outside=loss_on == "all")
         except DataError as error:
             raise DataError(f"{self.where}: {error}") from None
-        return Sample(tokens, _inside(starts, spans))
+        except RecursionError:
+            raise DataError(f"{self.where}: its messages are nested too deep; take the sample out") from None
 
-    def _span(self, text: str, turn: int) -> Span:
-        before = self._render(turn, add_generation_prompt=True)
-        after = self._render(turn + 1)
-        for prefix, what in ((before, f"before message {turn + 1}"), (after, f"up to message {turn + 1}")):
-            if not text.startswith(prefix):
-                raise DataError(
-                    f"{self.where}: the chat template writes the conversation {what} differently when more follows, so "
-                    "what the assistant says there cannot be told apart; type --loss-on last or all, or give another "
-                    "template with --chat-template FILE"
+    def _sample(self, turns: Sequence[int], *, outside: bool) -> Sample:
+        """Train on the turns with these indices, or on all that is outside of them."""
+        messages, text = self._form()
+        found = Turns(text=text, messages=messages, render=self._render, special=self.tokenizer.special)
+        spans = found.spans(turns)
+        ids, offsets = self.tokenizer.encode_rendered(text)
+        trained = inside(ids, offsets, list(spans.values()), special=set(self.tokenizer.special.values()))
+        parts = {turn: text[slice(*span)].replace(GUARD, "") for turn, span in spans.items()}
+        losses = lost(messages, text.replace(GUARD, ""), variables=self.variables, turns=parts)
+        remarks = [*(loss.remark for loss in losses), *self._remarks(), *self._on_markers(text, offsets)]
+        return Sample(ids, [one != outside for one in trained], remarks)
+
+    def _form(self) -> tuple[Sequence[Message], str]:
+        """Return the first form of the messages of which the template leaves out the least, and the rendering."""
+        best: tuple[int, Sequence[Message], str] | None = None
+        refused: DataError | None = None
+        for messages in forms(self.messages):
+            try:
+                text = self._render(messages, False)
+            except DataError as error:
+                refused = refused or error
+                continue
+            losses = len(lost(messages, text.replace(GUARD, ""), variables=self.variables, turns={}))
+            if best is None or losses < best[0]:
+                best = losses, messages, text
+            if not losses:
+                break
+        if best is None:
+            assert refused is not None, "there is always a form"
+            raise refused
+        return best[1:]
+
+    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        return self.tokenizer.render(messages, add_generation_prompt=prompt, **self.variables)
+
+    def _remarks(self) -> Iterator[Remark]:
+        for number, message in enumerate(self.messages, start=1):
+            role, place = message["role"], f"message {number}"
+            if role != ASSISTANT and role not in UNTRAINED:
+                yield Remark(f"turns of role {role[:40]!r}, which is never trained; {ASSISTANT!r} is", place)
+            if role != ASSISTANT and message.get("train") is True:
+                yield Remark(
+                    f"turns that ask for training and are not of role {ASSISTANT!r}, so are not trained", place
                 )
-        return len(before), len(before) + len(self._without_tail(after[len(before) :]))
+            if any(_holds_null(call_of(call).get("arguments")) for call in message.get("tool_calls", ())):
+                yield Remark(
+                    "tool calls with null among the arguments, as tables fill in for keys that are not there; "
+                    "write arguments as JSON text",
+                    place,
+                )
 
-    def _without_tail(self, said: str) -> str:
-        """Without white space after a special token: generation ends with that token, so nothing says the rest."""
-        stripped = said.rstrip()
-        return stripped if any(stripped.endswith(token) for token in self.tokenizer.special) else said
-
-    def _render(self, count: int, *, add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.render(
-                self.messages[:count], add_generation_prompt=add_generation_prompt, **self.variables
+    def _on_markers(self, text: str, offsets: Sequence[Span]) -> Iterator[Remark]:
+        spelt = spelt_in_turns(_texts(self.messages), text, self.tokenizer.special)
+        if spelt:
+            yield Remark("conversations that spell out special tokens, which stay characters", " ".join(spelt))
+        missing = lacking(text, offsets, besides=spelt)
+        if missing:
+            yield Remark(
+                "conversations in which the chat template writes markers that the vocabulary lacks, so that they are "
+                "characters; give another template with --chat-template FILE",
+                " ".join(missing),
             )
-        except DataError as error:
-            raise DataError(f"{self.where}: {error}") from None
-
-
-def checked_messages(value: Any, *, column: str, where: object) -> list[Mapping[str, Any]]:
-    """The messages of a column. Raises DataError unless each is an object with a role and a content or tool calls."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: column {column} must be a list of messages, not {_described(value)}")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: message {number} of column {column} must be an object with a role and a content, "
-                f"not {_described(message)}"
-            )
-        # A template writes nothing for what is missing and None for null, and both would be trained on.
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise DataError(
-                f"{where}: message {number} of column {column} needs a content that is text, "
-                f"and is {_described(message)}"
-            )
-    return value
 
 
 def template_variables(record: Record) -> dict[str, Any]:
     """Columns `tools` and `documents`, and the entries of `chat_template_kwargs`, each as it is or as JSON text.
 
-    No other column reaches the template: what it is called could mean something there. Raises DataError.
+    Column `functions` is what `tools` were called before. No other column reaches the template: what it is called
+    could mean something there. Raises DataError.
     """
     kwargs = _parsed(record, "chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise DataError(f"{record.where}: column chat_template_kwargs must be an object, not {_described(kwargs)}")
-    named = {name: _parsed(record, name) for name in ("tools", "documents")}
-    given = {**named, **(kwargs or {})}
+        raise DataError(f"{record.where}: column chat_template_kwargs must be an object, not {described(kwargs)}")
+    functions = _listed(record, "functions")
+    tools = _listed(record, "tools") or [{"type": "function", "function": one} for one in functions or ()]
+    given = {"tools": tools or None, "documents": _listed(record, "documents"), **(kwargs or {})}
     return {name: value for name, value in given.items() if value is not None and name not in _OWN_VARIABLES}
+
+
+def inside(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], *, special: set[int]) -> list[bool]:
+    """Whether each token of a text holds a character of one of the spans.
+
+    A token in which the end of a header and the beginning of an answer merge is trained: no other says that beginning.
+    A special token is not, though it may swallow white space of the answer: it is the header's.
+    """
+    result = [False] * len(ids)
+    for begin, end in spans:
+        first, after = bisect_left(offsets, (begin,)), bisect_left(offsets, (end,))
+        result[first:after] = [True] * (after - first)
+        while begin < end and first > 0 and offsets[first - 1][1] > begin:
+            first -= 1
+            result[first] = result[first] or ids[first] not in special
+    return result
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            yield content
+        elif content is not None:
+            yield from (part["text"] for part in content)
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(item is None or _holds_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_holds_null, value))
+
+
+def _listed(record: Record, column: str) -> list[Any] | None:
+    """A column that is a list of objects, itself or each of them as JSON text; None if it is empty."""
+    value = _parsed(record, column)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise DataError(f"{record.where}: column {column} must be a list, not {described(value)}")
+    return [from_json(one, what=f"{record.where}: an entry of column {column}") for one in value]
 
 
 def _parsed(record: Record, column: str) -> Any:
     value = record.fields.get(column)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise DataError(f"{record.where}: column {column} is text that is not JSON; write it as JSON") from None
-
-
-def _inside(starts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token begins inside one of the ascending spans."""
-    inside = []
-    at = 0
-    for start in starts:
-        while at < len(spans) and start >= spans[at][1]:
-            at += 1
-        inside.append(at < len(spans) and start >= spans[at][0])
-    return inside
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"an object with {', '.join(sorted(map(str, value))[:5]) or 'nothing'}"
-    return "an empty list" if value == [] else f"a {type(value).__name__}"
+    if isinstance(value, str) and not value.strip():
+        return None
+    return from_json(value, what=f"{record.where}: column {column}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from zoo.core.errors import DataError
 from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
-from zoo.plugins.data.conversation import Conversation, checked_messages, template_variables
+from zoo.plugins.data.conversation import Conversation, template_variables
+from zoo.plugins.data.turns import Message, read_messages
 
 
 def messages_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -13,14 +15,23 @@ def messages_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sa
     `loss_on`: `assistant` every assistant turn, `last` and `completion` the last of them, `all` every token. A
     conversation without an assistant turn has nothing trained. Raises DataError naming the record.
     """
-    messages = checked_messages(record.fields.get("messages"), column="messages", where=record.where)
-    conversation = Conversation(
-        messages=messages,
+    messages = read_messages(record.fields.get("messages"), column="messages", where=record.where)
+    return Conversation(
+        messages=[*_system(record, messages), *messages],
         variables=template_variables(record),
         tokenizer=tokenizer,
         where=record.where,
-    )
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if loss_on == "all":
-        return conversation.sample(None)
-    return conversation.sample(turns if loss_on == "assistant" else turns[-1:])
+    ).sample(loss_on)
+
+
+def _system(record: Record, messages: list[Message]) -> list[Message]:
+    """The system message, where it has a column of its own."""
+    system = record.fields.get("system")
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str) or messages[0]["role"] == "system":
+        raise DataError(
+            f"{record.where}: column system must be text, and no message of role system beside it; "
+            "write the one system message as the first of column messages"
+        )
+    return [{"role": "system", "content": system}]

@@ -8,6 +8,20 @@ from zoo.core.entries import DataFormatEntry
 from zoo.core.errors import DataError
 from zoo.core.hookspecs import hookimpl
 
+_UNREAD = {
+    ("conversations",): "rename it messages, and from and value in it (human, gpt) role and content (user, assistant)",
+    ("conversation",): "rename it messages, a list of {role, content} with the roles user and assistant",
+    ("chosen", "rejected"): "zoo does not train on preferences; to train on what was chosen, rename that messages",
+    ("input_ids",): "tokens are not read, since zoo packs and masks text itself; give text, messages, or prompt and "
+    "completion",
+    ("instruction", "output"): "write instruction and input as prompt, and output as completion",
+    ("instruction", "response"): "rename them prompt and completion",
+    ("prompt", "response"): "rename response completion",
+    ("prompt", "output"): "rename output completion",
+    ("question", "answer"): "rename them prompt and completion",
+}
+"""Columns that other tools know, and what to do about them."""
+
 MESSAGES = DataFormatEntry(
     name="messages",
     target="zoo.plugins.data.messages:messages_sample",
@@ -23,6 +37,7 @@ def zoo_register_data_formats() -> Sequence[DataFormatEntry]:
 @hookimpl(trylast=True)
 def zoo_detect_data_format(columns: Collection[str]) -> str | None:
     if "messages" not in columns:
+        _check_known(set(columns))
         return None
     # A prompt alone, without its completion, is often there beside messages and means nothing more.
     others = [("text", {"text"}), ("completion", {"prompt", "completion"})]
@@ -33,3 +48,10 @@ def zoo_detect_data_format(columns: Collection[str]) -> str | None:
             f"say which is meant: --data-format messages or {' or '.join(also)}"
         )
     return "messages"
+
+
+def _check_known(columns: set[str]) -> None:
+    """Raise DataError for columns that are in use elsewhere and not here, unless those of a format are beside them."""
+    for names, advice in _UNREAD.items():
+        if columns.issuperset(names) and "text" not in columns and not {"prompt", "completion"} <= columns:
+            raise DataError(f"column{'s' * (len(names) > 1)} {' and '.join(names)} cannot be read: {advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.core.errors import DataError
 from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
+from zoo.plugins.data.markers import spelt_remarks
 
 
 def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -18,11 +19,9 @@ def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample
     if not text.strip():
         return Sample([], [])
     try:
-        tokens = tokenizer.encode(text)
+        ids = tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        tokens.insert(0, tokenizer.bos_id)
-    if tokenizer.eos_id is not None:
-        tokens.append(tokenizer.eos_id)
-    return Sample(tokens, [True] * len(tokens))
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    tokens = [*tokenizer.begin_ids, *ids, *end]
+    return Sample(tokens, [True] * len(tokens), spelt_remarks((text,), set(ids), tokenizer.special))

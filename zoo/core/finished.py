@@ -1,0 +1,224 @@
+"""What a finished checkpoint of a run is, where one is found, and what is said of one that is damaged.
+
+A folder that has neither progress.json nor checksums is no checkpoint: nothing that a save leaves under the name
+`step-N` is without them. One that has either was a checkpoint once; if it is not whole now it is damaged, and is never
+passed over in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.core.checksums import NAME as CHECKSUMS, Checksums
+from zoo.core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from zoo.core.formats import HubCheckpoint
+
+PROGRESS = "progress.json"
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_KEYS = ("tokens", "trained_tokens", "seq", "global_batch", "cursor")
+_THREADS = 8
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a folder is, or was, a finished checkpoint."""
+    return any(os.path.lexists(path / name) for name in (PROGRESS, CHECKSUMS))
+
+
+def flaw(path: Path) -> str | None:
+    """Return why a folder is no finished checkpoint, by names and lengths of its files; None if it is one."""
+    try:
+        checksums = Checksums.read(path)
+        step = read_progress(path)["step"]
+        named = _step_of(path.resolve())
+        if named is not None and step != named:
+            return f"{path / PROGRESS} is of step {step}"
+        return _flaw_of_an_old_one(path) if checksums is None else checksums.misfit(_files(path))
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or path} cannot be read: {error.strerror or error}"
+
+
+def damage(path: Path) -> str | None:
+    """Return `flaw`, or else what the checksums find, for which every byte is read; None if it is intact."""
+    found = flaw(path)
+    checksums = None if found else Checksums.read(path)
+    return checksums.changed(threads=_threads()) if checksums is not None else found
+
+
+def claimed_steps(root: Path) -> list[int]:
+    """Return the steps, ascending, of all folders of a run's `checkpoints` that are claimed to be checkpoints."""
+    try:
+        found = [(_step_of(path), path) for path in root.iterdir()]
+    except OSError:
+        return []
+    return sorted(step for step, path in found if step is not None and is_claimed(path))
+
+
+def unclaimed(root: Path) -> list[Path]:
+    """Return what is named as a checkpoint and never was one."""
+    return [path for path in sorted(root.iterdir()) if _step_of(path) is not None and not is_claimed(path)]
+
+
+def finished_steps(root: Path) -> list[int]:
+    """Return the steps, ascending, of the finished checkpoints."""
+    return [step for step in claimed_steps(root) if flaw(root / f"step-{step}") is None]
+
+
+def find(path: Path, *, flag: str = "") -> Path | None:
+    """Return the checkpoint that a path means: a run (its last one), or a checkpoint itself; None if there is none.
+
+    Raise UsageError if the path is neither, DataError if that checkpoint is damaged. `flag` is for `damaged`.
+    """
+    found: Path | None = path
+    # What an export wrote has checksums too.
+    if not is_claimed(path) or (path / "config.json").exists():
+        if not (path / "checkpoints").is_dir():
+            raise UsageError(f"{path} is neither a run nor a checkpoint of one; a run has a folder 'checkpoints'")
+        found = _last(path / "checkpoints")
+    if found is not None and (reason := flaw(found)):
+        raise damaged(found, reason, flag=flag)
+    return found
+
+
+def resume_point(run: Path, resume: str) -> Path | None:
+    """Return the checkpoint a run goes on from; `resume` is auto, never, or the path of a run or checkpoint.
+
+    Raise UsageError, or DataError if the checkpoint is damaged. Newer checkpoints of the run may be there if they are
+    all damaged.
+    """
+    root = run / "checkpoints"
+    own = claimed_steps(root)
+    if resume == "never" and own:
+        raise UsageError(f"{run} holds checkpoints and --resume never was given; give another --out")
+    if resume == "never" or (resume == "auto" and not own):
+        return None
+    found = find(run if resume == "auto" else Path(resume), flag="--resume ")
+    if found is None:
+        raise UsageError(f"--resume {resume}: no finished checkpoint in it")
+    step = read_progress(found)["step"]
+    for newer in own:
+        if newer > step and damage(root / f"step-{newer}") is None:
+            raise UsageError(f"--resume {found} is older than step-{newer} in {run}; give another --out to branch off")
+    return found
+
+
+def is_done(saved: Path | None, run: Path, steps: int) -> bool:
+    """Whether a run that would go on from `saved` has been trained and saved to that many steps."""
+    own = saved is not None and saved.resolve().parent == (run / "checkpoints").resolve()
+    return own and saved is not None and int(read_progress(saved)["step"]) >= steps
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself. Raise DataError."""
+    file = path / PROGRESS
+    try:
+        progress = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise DataError(f"{file} names no step")
+    return dict(progress)
+
+
+def resumable_progress(path: Path) -> dict[str, Any]:
+    """Return what a run goes on with. Raise DataError where a part of it is missing."""
+    progress = read_progress(path)
+    missing = [key for key in _KEYS if key not in progress]
+    if missing:
+        raise damaged(path, f"{path / PROGRESS} has no '{missing[0]}'", flag="--resume ")
+    return progress
+
+
+def damaged(path: Path, reason: str, *, flag: str = "") -> DataError:
+    """Return the error about a damaged checkpoint: what is wrong, and which earlier one is intact (it is read whole).
+
+    `flag` is what stands before its path on the command line.
+    """
+    root, step = path.resolve().parent, _step_of(path.resolve())
+    earlier = [number for number in claimed_steps(root) if step is not None and number < step]
+    intact = next((number for number in reversed(earlier) if damage(root / f"step-{number}") is None), None)
+    if intact is not None:
+        there = path.parent / f"step-{intact}" if _step_of(path) is not None else root / f"step-{intact}"
+        way_on = f"the newest intact checkpoint is step-{intact}: give {flag}{there}"
+    elif flag:
+        way_on = "no earlier checkpoint of the run is intact; give another --out to start afresh"
+    else:
+        way_on = "no earlier checkpoint of the run is intact; copy this one again from where it is"
+    return DataError(f"{path} is damaged: {reason}; {way_on}")
+
+
+def require_intact(checkpoint: HubCheckpoint, *, threads: int | None = None) -> None:
+    """Compare the files of an opened checkpoint with their checksums, if it has any. Raise DataError."""
+    if checkpoint.checksums is None:
+        return
+    reason = checkpoint.checksums.changed(threads=threads or _threads())
+    if reason is not None:
+        raise not_as_written(checkpoint, reason)
+
+
+def not_as_written(checkpoint: HubCheckpoint, reason: str) -> DataError:
+    """Return the error about an opened checkpoint, a run's or a directory, of which a file is not what it was."""
+    assert checkpoint.checksums is not None, "there is nothing to compare with"
+    root = checkpoint.checksums.root
+    return damaged(root, reason) if checkpoint.own_names else changed_directory(root, reason)
+
+
+def changed_directory(path: Path, reason: str) -> DataError:
+    """Return the error about a directory that an import or export wrote and that is another now."""
+    return DataError(
+        f"{reason}, so it is not what zoo wrote there; import or export it again, or, if somebody changed it on "
+        f"purpose, go on without checksums: rm {path / CHECKSUMS}"
+    )
+
+
+def set_aside(path: Path) -> Path:
+    """Give another name to what stands where a checkpoint must; nothing is deleted. Return it. Raise OSError."""
+    names = (path.with_name(f"{path.name}.aside{'' if n == 1 else f'-{n}'}") for n in range(1, 1000))
+    free = next(name for name in names if not os.path.lexists(name))
+    path.rename(free)
+    return free
+
+
+def _flaw_of_an_old_one(path: Path) -> str | None:
+    """Return `flaw` of a checkpoint without checksums."""
+    state = path / "state"
+    if not (state / ".metadata").is_file():
+        return f"{state / '.metadata'} is missing"
+    return None if any(state.glob("*.distcp")) else f"{state} has no .distcp file"
+
+
+def _last(root: Path) -> Path | None:
+    steps = claimed_steps(root)
+    return root / f"step-{steps[-1]}" if steps else None
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step that a folder's name says; None for another name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _files(path: Path, depth: int = 4) -> set[str]:
+    """Return names of all files below a folder; links to folders are followed, for a disk may be behind one."""
+    found = set()
+    for entry in os.scandir(path):
+        if depth and entry.is_dir():
+            found |= {f"{entry.name}/{name}" for name in _files(Path(entry.path), depth - 1)}
+        else:
+            found.add(entry.name)
+    return found
+
+
+def _threads() -> int:
+    return min(_THREADS, len(os.sched_getaffinity(0)))

@@ -1,0 +1,82 @@
+"""Files compared with their checksums by all ranks together: each byte is read once, and all come to one answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from zoo.core.checksums import Checksums
+from zoo.core.contracts import HubCheckpoint
+from zoo.core.device import num_cores
+from zoo.core.errors import DataError, ZooError
+from zoo.core.finished import damaged, flaw, not_as_written
+
+Answer = TypeVar("Answer")
+
+_MAX_THREADS = 8
+
+
+def check_among_ranks(path: Path) -> None:
+    """Compare a checkpoint of a run with its checksums, if it has any; collective. Raise DataError on every rank."""
+    checksums, reason = on_rank_zero(lambda: _first_look(path))
+    if checksums is not None:
+        reason = _changed(checksums)
+    if reason is not None:
+        raise on_rank_zero(lambda: damaged(path, reason, flag="--resume "))
+
+
+def check_source_among_ranks(source: HubCheckpoint) -> None:
+    """Compare what weights come from with its checksums, if it has any; collective. Raise DataError on every rank."""
+    reason = None if source.checksums is None else _changed(source.checksums)
+    if reason is not None:
+        raise on_rank_zero(lambda: not_as_written(source, reason))
+
+
+def on_rank_zero(action: Callable[[], Answer], group: dist.ProcessGroup | None = None) -> Answer:
+    """Return on every rank what an action on rank 0 returns. Raise everywhere what it raised, OSError as DataError."""
+    holder: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            holder[0] = action()
+        except ZooError as error:
+            holder[1] = error
+        except OSError as error:
+            said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+            holder[1] = DataError(said)
+    dist.broadcast_object_list(holder, src=0, group=group)
+    if holder[1] is not None:
+        raise holder[1]
+    answer: Answer = holder[0]
+    return answer
+
+
+def gathered(mine: Answer, group: dist.ProcessGroup | None = None) -> list[Answer]:
+    """Return what all ranks give, on rank 0; nothing elsewhere."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0, group=group)
+    return everyone or []
+
+
+def _first_look(path: Path) -> tuple[Checksums | None, str | None]:
+    """Return the checksums to compare with, if any, or what is wrong by names and lengths already."""
+    reason = flaw(path)
+    return (None, reason) if reason else (Checksums.read(path), None)
+
+
+def _changed(checksums: Checksums) -> str | None:
+    """Read all files, each rank a share, and return what is wrong, the same everywhere. Lengths are right already."""
+    pieces, rank, ranks = checksums.pieces(), dist.get_rank(), dist.get_world_size()
+    total, before, mine = sum(piece.length for piece in pieces), 0, []
+    for piece in pieces:
+        # By where its middle lies: every piece is one rank's, and each rank has a run of neighbours.
+        if (2 * before + piece.length) * ranks // (2 * total) == rank:
+            mine.append(piece)
+        before += piece.length
+    threads = min(_MAX_THREADS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, checksums.crcs(mine, threads))
+    return checksums.fault(pieces, {piece: crc for crcs in everyone for piece, crc in crcs.items()})
