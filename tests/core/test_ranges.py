@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,17 @@ def test_a_span_has_its_ends_unless_it_says_otherwise():
     assert math.nan not in Span(0, 1)
     assert math.inf not in Span(0, math.inf)
     assert str(Span(0, 1, above=True, below=True)) == "more than 0 and less than 1"
+
+
+def test_the_table_in_the_docs_is_what_is_checked():
+    rows = [f"| `{key}` | {default(target)} | {SPANS[key]} | {usually(target)} |" for key, target in NUMBERS.items()]
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    assert page.partition("|---|---|---|---|\n")[2].splitlines() == rows
+
+
+def default(target):
+    return "" if target.default is None else target.default
+
+
+def usually(target):
+    return target.metadata.get("usual") or ""

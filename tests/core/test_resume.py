@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +156,10 @@ def test_the_rest_of_a_command_takes_effect(home, tmp_path, monkeypatch):
     assert runs["changed"][1]["loss"] != runs["same"][1]["loss"], "fp64 has other digits"
     for name in ("full", "theta"):
         assert runs[name][0]["loss"] != pytest.approx(runs["same"][0]["loss"], rel=1e-4), name
+
+
+def test_the_docs_name_every_setting_that_cannot_change():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page.partition("## Resuming")[2].partition("## What numbers")[0]
+    named = {key for key in FIELDS if f"`{key}`" in table and f"| `{key}`" in table.replace(", `", "| `")}
+    assert named == {key for key, how in FIELDS.items() if how is REFUSED}

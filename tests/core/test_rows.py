@@ -307,6 +307,32 @@ def test_a_sample_with_nothing_trained_is_an_error_that_names_it():
         stream.take(1)
 
 
+@pytest.mark.parametrize(
+    ("asked", "advised"),
+    [({}, ("--loss-on (assistant, completion, last, all)",)), ({"loss-on": "last"}, ("(assistant, completion, all)",))]
+    + [({"loss-on": "all"}, ("trained; take such samples out",))],
+    ids=str,
+)
+def test_what_was_given_is_not_advised_where_nothing_is_trained(asked, advised):
+    source, _ = numbered([[5]])
+    nothing = stream_of(source, convert=lambda r: to_document(r, trained=lambda t: t < 0), options=asked)
+    with nothing as stream, pytest.raises(DataError) as caught:
+        stream.take(1)
+    assert all(words in str(caught.value) for words in advised), caught.value
+
+
+@pytest.mark.parametrize(
+    ("overlong", "advised"), [("drop", "(truncate, split)"), ("truncate", "(split)"), ("split", "")]
+)
+def test_what_was_given_is_not_advised_where_no_label_fits(overlong, advised):
+    source, _ = numbered([[40]])
+    dropped = stream_of(source, convert=lambda r: to_document(r, overlong="drop"), options={"overlong": overlong})
+    with dropped as stream, pytest.raises(DataError) as caught:
+        stream.take(1)
+    said = str(caught.value)
+    assert said.endswith(f"type another --overlong {advised}, or a larger --seq" if advised else "type a larger --seq")
+
+
 def test_blank_samples_are_left_out_and_counted():
     source, _ = numbered([[5, 0, 6, 0]])
     with stream_of(source) as stream:

@@ -48,9 +48,9 @@ class RowStream:
         """
         self.notes = tuple(notes)
         self.seq = seq
-        self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name)
-        self._pad = pad
         self._options = dict(options or {})
+        self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name, asked=self._options)
+        self._pad = pad
         self._cursor = Cursor()
         self._row = 0
         self._before = Stats()

@@ -13,6 +13,7 @@ from zoo.core.corpus import Corpus, Found, Place, shuffled
 from zoo.core.errors import DataError
 from zoo.core.packing import Address, Document, Piece, best_fit_decreasing, pieces
 from zoo.core.remarks import Remarks
+from zoo.core.samples import LOSS_ON
 
 WINDOW_ROWS = 8
 WINDOW_TOKENS = 1 << 18
@@ -85,8 +86,17 @@ class Windows:
     """Builds the window of a cursor: nothing but cursor, corpus, seed and `seq` decides what is in it."""
 
     def __init__(
-        self, source: DataSource, to_document: Callable[[Record], Document], *, seq: int, seed: int, name: str = ""
+        self,
+        source: DataSource,
+        to_document: Callable[[Record], Document],
+        *,
+        seq: int,
+        seed: int,
+        name: str = "",
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
+        """`asked` has what was said of `loss-on` and `overlong`, so that no error advises the same again."""
+        self._asked = dict(asked or {})
         self.corpus = Corpus(source, seed=seed, name=name)
         self.seq = seq
         self._to_document = to_document
@@ -101,7 +111,7 @@ class Windows:
         found = (record for shard in source.shards() for record, _ in source.read(shard, 0))
         first = next(found, None)
         if first is None:
-            raise DataError(_empty(Stats(), self.corpus))
+            raise DataError(_empty(Stats(), self.corpus, self._asked))
         # Tokens of megabytes of plain text take seconds, and there is little in it that could be refused.
         if sum(len(value) for value in first.fields.values() if isinstance(value, str)) <= _CHECKED_CHARACTERS:
             self._to_document(first)
@@ -124,7 +134,7 @@ class Windows:
             if more:
                 break
         if not parts:
-            raise DataError(_empty(stats, self.corpus))
+            raise DataError(_empty(stats, self.corpus, self._asked))
         bins = self._packed(parts, cursor)
         left = bins.pop() if more else ()
         rows = tuple(bins[i] for i in shuffled(len(bins), self.corpus.seed, cursor.epoch, cursor.window, 1))
@@ -142,7 +152,7 @@ class Windows:
 
     def _pieces(self, block: Sequence[Found]) -> tuple[list[Piece], Stats]:
         documents = list(self._encoders.map(self._to_document, [found.record for found in block]))
-        _check(documents, self.seq)
+        _check(documents, self.seq, self._asked)
         read, counts = [], Stats(samples=len(block))
         for found, document in zip(block, documents, strict=True):
             cut, count = _cut(document, self.seq, found.at)
@@ -188,14 +198,14 @@ def _packed_counts(rows: Sequence[Sequence[Piece]]) -> Stats:
     return Stats(rows=len(rows), tokens=sum(map(len, parts)), trained_tokens=sum(part.num_trained for part in parts))
 
 
-def _check(documents: Sequence[Document], seq: int) -> None:
+def _check(documents: Sequence[Document], seq: int, asked: Mapping[str, Any]) -> None:
     """Raise DataError for documents with nothing trained, and for those that must not be longer than a row."""
     untrained = [document for document in documents if len(document.tokens) and not document.num_trained]
     if untrained:
         said = [remark.kind for document in untrained for remark in document.remarks[:1]]
         raise DataError(
-            f"{_some(untrained)}: nothing in it is trained{f' ({said[0]})' if said else ''}; type another --loss-on "
-            "(assistant, completion, last, all), or take such samples out"
+            f"{_some(untrained)}: nothing in it is trained{f' ({said[0]})' if said else ''}; "
+            f"{_others('type another --loss-on', LOSS_ON, asked.get('loss-on'), most='all')}take such samples out"
         )
     overlong = [document for document in documents if len(document.tokens) > seq and document.overlong == "error"]
     if overlong:
@@ -205,16 +215,23 @@ def _check(documents: Sequence[Document], seq: int) -> None:
         )
 
 
+def _others(said: str, words: Sequence[str], given: Any, *, most: str) -> str:
+    """Advice to type another word than the one given; none if no other could do more than that."""
+    if given == most:
+        return ""
+    return f"{said} ({', '.join(word for word in words if word != given)}), or "
+
+
 def _some(documents: Sequence[Document]) -> str:
     named = ", ".join(f"{document.where} ({len(document.tokens):,} tokens)" for document in documents[:5])
     return named if len(documents) <= 5 else f"{named} and {len(documents) - 5} more in this part of the corpus"
 
 
-def _empty(stats: Stats, corpus: Corpus) -> str:
+def _empty(stats: Stats, corpus: Corpus, asked: Mapping[str, Any]) -> str:
     if not stats.samples:
         return f"--data {corpus.name} has no samples ({corpus.source.fingerprint}); give something with text in it"
     return (
         f"--data {corpus.name}: no sample is left: of {stats.samples:,}, {stats.blank:,} are blank and "
-        f"{stats.dropped + stats.split:,} longer than a row, without a label in what fits; type --overlong split or "
-        "truncate, or a larger --seq"
+        f"{stats.dropped + stats.split:,} longer than a row, without a label in what fits; type "
+        f"{_others('another --overlong', ('truncate', 'split'), asked.get('overlong'), most='split')}a larger --seq"
     )
