@@ -3,9 +3,9 @@
     python tools/stop_anywhere.py [--times 30] [--seed 0] [--json FILE]
 
 Each time a run of a few steps is started, on one process or on two ranks by turns, and gets a signal after a drawn part
-of what such a run takes from start to end, or, every other time, soon after a drawn step. It must save and end with 75, or
-end with 75 and say that there was nothing to save yet, or end with 0 if the signal came in the last step or later. No
-traceback, no process is left, what is saved is as many steps as were reported. Before Python has begun zoo, which is
+of what such a run takes from start to end, or, every other time, soon after a drawn step. It must save and end with 75,
+or end with 75 and say that there was nothing to save yet, or end with 0 if the signal came in the last step or later.
+No traceback, no process is left, what is saved is as many steps as were reported. Before Python has begun zoo, which is
 counted, the signal itself ends the process.
 """
 
