@@ -48,7 +48,7 @@ def losses(run):
 
 def in_a_thread(out):
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(zoo.finetune, "llama3", out=out, **FLAGS).result()
+        pool.submit(zoo.finetune, "llama3", out=out, deterministic=True, **FLAGS).result()
 
 
 def in_a_coroutine(out):
