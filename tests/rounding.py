@@ -25,9 +25,9 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MARGIN = 2.0
-"""Times what was drawn: an error of few directions may be larger than one draw of it. Over 144 models, on three
-instruction sets, both fp32 implementations were within 0.02 and 0.25 of the whole."""
+MARGIN = 3.0
+"""Times what was drawn: an error of few directions may be larger than one draw of it. Of gradients of 144 models, ours
+and transformers', on three instruction sets, the largest used a quarter of the whole, and most a twentieth."""
 
 _EXACT = """
 clone copy _to_copy where masked_fill index index_select gather cat stack select_scatter neg abs amax amin max min topk

@@ -41,8 +41,9 @@ WAYS: dict[str, tuple[int, dict[str, str]]] = {
 """Name to the number of busy processes beside the suite, and variables it runs with."""
 
 
-def _compute() -> None:
-    while True:
+def _compute(parent: int) -> None:
+    """Until killed, or whoever started it is."""
+    while os.getppid() == parent:
         sum(range(100_000))
 
 
@@ -50,7 +51,7 @@ def _compute() -> None:
 def load(processes: int) -> Iterator[None]:
     """So many processes that compute until the block ends."""
     context = multiprocessing.get_context("spawn")
-    busy = [context.Process(target=_compute, daemon=True) for _ in range(processes)]
+    busy = [context.Process(target=_compute, args=(os.getpid(),), daemon=True) for _ in range(processes)]
     for process in busy:
         process.start()
     try:

@@ -15,7 +15,7 @@ from zoo.models.common.moe import route
 from zoo.models.mixtral.model import SPEC
 
 TIE = 1e-5
-"""Of logits of size 1 after a hundred additions in a row, about what fp32 may be off by."""
+"""As a share of the largest logit, a few times what fp32 is off by: 2e-6 here. The nearest choice is 6e-5 apart."""
 
 
 def spied(model, name):
@@ -46,7 +46,7 @@ def test_choices_and_weights_of_a_router_are_transformers_bit_for_bit(seed, dtyp
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_of_a_whole_model_chooses_as_in_transformers(seed):
-    """But for a choice that is nearer than fp32 can tell apart: the rounding of a machine makes it, and it is rare."""
+    """None of these tokens has a choice that fp32 cannot tell apart, which the rounding of a machine would make."""
     fields = draw_fields(seed, "mixtral")
     theirs, ours = pair(fields, seed)
     expected, found = spied(theirs, "mlp.gate"), spied(ours, "block_sparse_moe.gate")
@@ -56,10 +56,9 @@ def test_every_token_of_a_whole_model_chooses_as_in_transformers(seed):
     layers, top_k = len(expected), fields["num_experts_per_tok"]
     for logits, (_, weights, ids), exact in zip(found[:layers], expected, found[layers:], strict=True):
         routing, _ = route(logits, top_k)
-        clear = told_apart(exact, top_k)
-        assert clear.double().mean() > 0.99
-        assert torch.equal(routing.ids[clear], ids[clear])
-        torch.testing.assert_close(routing.weights[clear], weights[clear], rtol=0, atol=TIE)
+        assert told_apart(exact, top_k).all()
+        assert torch.equal(routing.ids, ids)
+        torch.testing.assert_close(routing.weights, weights, rtol=0, atol=TIE)
 
 
 def told_apart(logits, top_k):
