@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -28,10 +29,6 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from tests.core.drawn_tokenizers import TEMPLATES, Drawn, differences, draw, refused
 from tests.core.made_tokenizer import MISTRAL
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -108,7 +105,7 @@ def mistral(file: Path, folder: Path) -> Iterator[Drawn]:
 def llama3(file: Path, folder: Path) -> Iterator[Drawn]:
     """Yield Llama 3's tiktoken vocabulary alone, and the tokenizer.json that is made of it."""
     config = {"bos_token": LLAMA3_SPECIAL[0], "eos_token": LLAMA3_SPECIAL[1], "chat_template": TEMPLATES["llama3"]}
-    backend = TikTokenConverter(str(file), pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIAL).converted()
+    backend = _converted(file)
     bos = LLAMA3_SPECIAL[0]
     backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     for name in ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer", None):
@@ -121,6 +118,13 @@ def llama3(file: Path, folder: Path) -> Iterator[Drawn]:
     path = written(folder / "llama3-tiktoken", named, {"model_type": "llama"})
     (path / "tokenizer.model").write_bytes(file.read_bytes())
     yield real(path)
+
+
+def _converted(file: Path) -> Backend:
+    """Return the tokenizer of a tiktoken file; its split pattern is the converter's default, which is Llama 3's."""
+    name = "extra_special_tokens" if transformers.__version__ >= "5" else "additional_special_tokens"
+    converted: Backend = TikTokenConverter(str(file), **{name: LLAMA3_SPECIAL}).converted()
+    return converted
 
 
 def written(path: Path, config: dict[str, Any], model: dict[str, Any]) -> Path:

@@ -129,7 +129,6 @@ def test_an_id_of_config_json_that_is_no_token_is_none(tmp_path, id):
         {"additional_special_tokens": "abc"},
         {"tokenizer_object": "x"},
         {"tokenizer_class": 5},
-        {"tokenizer_class": "AutoTokenizer"},
         {"tokenizer_class": "T5TokenizerFast"},
         {"fast_tokenizer_files": ["tokenizer.../../../x.json"]},
     ],

@@ -91,7 +91,7 @@ def load_pretrained(path: Path) -> Loaded:
     loaded.backend_tokenizer.no_truncation()
     loaded.backend_tokenizer.no_padding()
     named = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
-    undefined = {name for name, text in named.items() if not _is_defined(text, loaded, path, said[CONFIG])}
+    undefined = _undefined(named, loaded, path, said[CONFIG])
     for name in sorted(undefined & set(NAMES)):
         _check_name(name, loaded, path, said)
     defined = {name: text for name, text in named.items() if name not in undefined}
@@ -199,15 +199,16 @@ def _check_name(name: str, loaded: Any, path: Path, said: Mapping[str, Mapping[s
     raise DataError(f"{where} names {name} {content!r}, which no file of the directory gives an id; {hint}")
 
 
-def _is_defined(content: str, loaded: Any, path: Path, config: Mapping[str, Any]) -> bool:
-    backend = loaded.backend_tokenizer
-    if backend.model.token_to_id(content) is not None:
-        return True
+def _undefined(named: Mapping[str, str], loaded: Any, path: Path, config: Mapping[str, Any]) -> set[str]:
+    """Return the names of the special tokens that no file of the directory gives an id."""
+    model = loaded.backend_tokenizer.model
+    unsure = {name for name, text in named.items() if model.token_to_id(text) is None}
+    if not unsure:
+        return unsure
     listed = read_object(path / TOKENIZER).get("added_tokens", [])
     decoder = config.get("added_tokens_decoder", {}).values()
-    return content in {token_content(token) for token in (*listed, *decoder)} | set(
-        read_object(path / "added_tokens.json")
-    )
+    added = {token_content(token) for token in (*listed, *decoder)} | set(read_object(path / "added_tokens.json"))
+    return {name for name in unsure if named[name] not in added}
 
 
 def token_content(value: Any) -> str | None:
