@@ -103,6 +103,55 @@ def test_a_name_of_the_class_that_the_vocabulary_lacks_is_an_error_for_eos_and_n
     assert "<|endoftext|>" not in ours.special
 
 
+def test_a_name_of_the_class_that_nothing_defines_and_every_text_begins_with_is_an_error(tmp_path):
+    path = write(tmp_path, names="text", **{"class": "BertTokenizerFast"}).path
+    assert theirs(path)("a").input_ids[0] >= theirs(path).vocab_size + 14  # [CLS], behind all that the file has
+    assert "the class BertTokenizer names cls_token '[CLS]', which no file of the directory gives an id" in refused(
+        path
+    )
+
+
+@pytest.mark.parametrize("id", [-1, True, 99999, "302", [], None])
+def test_an_id_of_config_json_that_is_no_token_is_none(tmp_path, id):
+    path = write(tmp_path, names="none", **{"class": "PreTrainedTokenizerFast"}).path
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": id}))
+    ours = Tokenizer.from_directory(path)
+    assert (ours.eos_id, len(ours.notes)) == (None, 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token": ["</s>"]},
+        {"eos_token": 5},
+        {"chat_template": [{"name": "default"}]},
+        {"added_tokens_decoder": [1]},
+        {"additional_special_tokens": "abc"},
+        {"tokenizer_object": "x"},
+        {"tokenizer_class": 5},
+        {"tokenizer_class": "AutoTokenizer"},
+        {"tokenizer_class": "T5TokenizerFast"},
+        {"fast_tokenizer_files": ["tokenizer.../../../x.json"]},
+    ],
+)
+def test_what_transformers_cannot_load_is_refused_with_its_reason(tmp_path, fields):
+    path = write(tmp_path).path
+    change(path, **fields)
+    with pytest.raises(Exception) as caught:
+        theirs(path)
+    reason = f"{type(caught.value).__name__}: {' '.join(str(caught.value).split())}"[:60].rstrip(": ")
+    assert f"{path}: transformers cannot load this tokenizer: {reason}" in refused(path)
+
+
+def test_a_vocabulary_that_cannot_spell_a_text_is_an_error_of_the_data(tmp_path):
+    """CodeLlama's class reads unknown characters as `<unk>`, which this vocabulary does not have."""
+    path = write(tmp_path, **{"class": "CodeLlamaTokenizerFast"}).path
+    with pytest.raises(Exception, match="Unk token"):
+        theirs(path)("a\u4e2d")
+    with pytest.raises(DataError, match="cannot read a text: Unk token"):
+        Tokenizer.from_directory(path).encode("a\u4e2d")
+
+
 def test_no_eos_at_all_is_said(tmp_path):
     ours = Tokenizer.from_directory(write(tmp_path / "none", names="none").path)
     assert ours.eos_id is None

@@ -39,9 +39,8 @@ class ChatTemplates:
         if self.file:
             return {"default": read_text(Path(self.file), hint="give a jinja file with --chat-template FILE")}
         own = self.pretrained.chat_template
-        if isinstance(own, Mapping):
-            return dict(own)
-        return {} if own is None else {"default": own}
+        named = own if isinstance(own, Mapping) else {"default": own}
+        return {name: text for name, text in named.items() if isinstance(text, str)}
 
     @cached_property
     def reserved(self) -> frozenset[str]:

@@ -60,9 +60,6 @@ class Tokenizer:
         path = Path(path)
         loaded = load_pretrained(path)
         aware = loaded.pretrained.backend_tokenizer
-        # A file may ask for cuts and padding at some length; documents are cut elsewhere.
-        aware.no_truncation()
-        aware.no_padding()
         plain = Backend.from_str(aware.to_str())
         plain.encode_special_tokens = True
         tokenizer = cls(
@@ -126,7 +123,7 @@ class Tokenizer:
     @cached_property
     def begin_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text of its own accord: bos, or nothing."""
-        encoding = self.plain.encode("a", add_special_tokens=True)
+        encoding = _encoding(self.plain, "a", add_special=True)
         added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         return tuple(id for id, _ in takewhile(lambda pair: pair[1], added))
 
@@ -222,7 +219,9 @@ class Tokenizer:
             return self.aware.token_to_id(self.named[name])
         value = read_object(self.path / "config.json").get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
-        return value if isinstance(value, int) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            return None
+        return None if self.aware.id_to_token(value) is None else value
 
     @cached_property
     def _marks(self) -> Marks:
@@ -253,8 +252,14 @@ class Tokenizer:
         return tuple(
             content
             for content, id in self.special.items()
-            if content not in self._marks.unflagged and id in self.plain.encode(content, add_special_tokens=False).ids
+            if content not in self._marks.unflagged and id in self._spelled(content)
         )
+
+    def _spelled(self, content: str) -> Sequence[int]:
+        try:
+            return _encoding(self.plain, content).ids
+        except DataError:
+            return ()
 
     def _readable(self, text: str) -> str:
         """Return the text with special tokens broken that `plain` finds. Raises DataError for what cannot be broken."""

@@ -87,6 +87,9 @@ def load_pretrained(path: Path) -> Loaded:
                 raise
             _explain(error, path)
     _check_fast(loaded, path)
+    # A file may ask for cuts and padding at some length; documents are cut elsewhere.
+    loaded.backend_tokenizer.no_truncation()
+    loaded.backend_tokenizer.no_padding()
     named = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
     undefined = {name for name, text in named.items() if not _is_defined(text, loaded, path, said[CONFIG])}
     for name in sorted(undefined & set(NAMES)):
@@ -109,8 +112,8 @@ def _loaded(path: Path, said: Mapping[str, Mapping[str, Any]]) -> Any:
     elif (path / TOKENIZER).is_file() and not (path / "config.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     loaded = AutoTokenizer.from_pretrained(path, **options)
-    if not isinstance(loaded, PreTrainedTokenizerFast) and (path / TOKENIZER).is_file():
-        # With mistral-common installed, Mistral's own classes go before tokenizer.json, and they have no offsets. What
+    if type(loaded).__name__.startswith("MistralCommon"):
+        # Where mistral-common is installed, its classes go before all others, and they have no offsets. What
         # transformers does without that package gives the same tokens on every machine.
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     return loaded
@@ -144,8 +147,9 @@ def _explain(error: BaseException, path: Path) -> NoReturn:
             f"{path} has no tokenizer.json, and transformers converts the vocabulary that it has with packages that "
             f"are not installed here: pip install {' '.join(missing)}"
         )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
     raise DataError(
-        f"{path}: transformers cannot load this tokenizer: {one_line(error)[:300]}; "
+        f"{path}: transformers cannot load this tokenizer: {reason}; "
         "copy its files again from the checkpoint they belong to, or give another directory with --from DIR"
     ) from None
 
@@ -179,14 +183,14 @@ def _check_fast(loaded: Any, path: Path) -> None:
 
 
 def _check_name(name: str, loaded: Any, path: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise DataError for a special token that a file names and none defines, and for a bos or eos of the class.
+    """Raise DataError for a special token that no file defines, unless only the class names it and nothing writes it.
 
-    transformers gives it the next free id: a row of the embedding that nothing ever trained, or none at all. What else
-    a class names (`<unk>`) nothing writes.
+    transformers gives it the next free id: a row of the embedding that nothing ever trained, or none at all.
     """
     content = loaded.special_tokens_map[name]
     files = [file for file in (CONFIG, SPECIAL_TOKENS) if token_content(said[file].get(name)) == content]
-    if not files and name not in ("bos_token", "eos_token"):
+    around = loaded.backend_tokenizer.encode("", add_special_tokens=True).tokens
+    if not files and name not in ("bos_token", "eos_token") and content not in around:
         return
     where = str(path / files[0]) if files else f"{path}: the class {type(loaded).__name__}"
     id = said["config.json"].get(f"{name}_id")
