@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoo
 import zoo.models.llama3
 from zoo.cli.main import main
+from zoo.core.checksums import NAME as CHECKSUMS
 
 TINY = Path(zoo.models.llama3.__file__).parent / "tiny"
 TEMPLATE = (
@@ -80,7 +81,7 @@ def test_the_template_that_was_given_is_published(run, where):
 def test_licences_and_tokenizer_are_published_byte_for_byte(run, base, where):
     files = (*LICENCES, "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
     assert all((run / where / name).read_bytes() == (base / name).read_bytes() for name in files)
-    found = {path.name for path in (run / where).iterdir()} - {"model.safetensors"}
+    found = {path.name for path in (run / where).iterdir()} - {"model.safetensors", CHECKSUMS}
     assert found == {*files, "config.json", "generation_config.json", "chat_template.jinja"}
     assert json.loads((run / where / "generation_config.json").read_text())["repetition_penalty"] == 1.0
 
@@ -126,3 +127,17 @@ def test_longer_rows_make_the_tokenizers_limit_longer(base, tmp_path):
     files = prepared.hub_files
     limit = json.loads(files["tokenizer_config.json"])["model_max_length"]
     assert limit == json.loads(files["config.json"])["max_position_embeddings"] == 4096
+
+
+def test_a_source_that_goes_away_during_a_run_costs_no_save(base, tmp_path):
+    source = shutil.copytree(base, tmp_path / "source")
+    plugin = tmp_path / "remove.py"
+    plugin.write_text(
+        "import shutil\nfrom zoo.core.hookspecs import hookimpl\nZOO_PLUGIN_API = 1\n"
+        f"@hookimpl\ndef zoo_run_start(run):\n    shutil.rmtree({str(source)!r})\n"
+    )
+    how = ("--from", source, "--data", __file__, "--seq", "64", "--steps", "1", "--out", tmp_path / "run")
+    zoo_("--plugin", plugin, "finetune", "llama3", *how)
+    assert not source.exists()
+    saved = tmp_path / "run/checkpoints/step-1/hub"
+    assert all((saved / name).read_bytes() == (base / name).read_bytes() for name in (*LICENCES, "tokenizer.json"))
