@@ -77,14 +77,17 @@ def find(path: Path, *, flag: str = "") -> Path | None:
 
     Raise UsageError if the path is neither, DataError if that checkpoint is damaged. `flag` is for `damaged`.
     """
-    found: Path | None = path
     # What an export wrote has checksums too.
-    if not is_claimed(path) or (path / "config.json").exists():
-        if not (path / "checkpoints").is_dir():
-            raise UsageError(f"{path} is neither a run nor a checkpoint of one; a run has a folder 'checkpoints'")
-        found = _last(path / "checkpoints")
-    if found is not None and (reason := flaw(found)):
-        raise damaged(found, reason, flag=flag)
+    if is_claimed(path) and not (path / "config.json").exists():
+        if reason := flaw(path):
+            raise damaged(path, reason, flag=flag)
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise UsageError(f"{path} is neither a run nor a checkpoint of one; a run has a folder 'checkpoints'")
+    while (found := _last(path / "checkpoints")) is not None and (reason := flaw(found)):
+        # One that is gone was deleted meanwhile, by a process that trains here.
+        if is_claimed(found):
+            raise damaged(found, reason, flag=flag)
     return found
 
 
