@@ -53,6 +53,15 @@ class Meter:
     pending: list[Pending] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
+    def progress(self) -> dict[str, int]:
+        """What a checkpoint keeps of the steps so far."""
+        return {"tokens": self.tokens, "trained_tokens": self.trained, "empty_steps": self.empty_steps}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on counting; checkpoints of before did not know steps without a trained token."""
+        self.tokens, self.trained = progress["tokens"], progress["trained_tokens"]
+        self.empty_steps = progress.get("empty_steps", 0)
+
     def add(self, step: Pending) -> None:
         self.pending.append(step)
 

@@ -23,7 +23,7 @@ from zoo.core.checkpoint import Checkpoints
 from zoo.core.checksums import Checksums
 from zoo.core.contracts import RunInfo
 from zoo.core.determinism import determinism
-from zoo.core.errors import DataError, NumericsError, SavedOnSignal, UsageError, ZooError
+from zoo.core.errors import NumericsError, SavedOnSignal, UsageError, ZooError
 from zoo.core.feed import Feed, Position, reads_data
 from zoo.core.forward_backward import Counts
 from zoo.core.inventory import meta_model, rules_for
@@ -38,6 +38,7 @@ from zoo.core.prepare import Prepared, prepare
 from zoo.core.registry import Observers, Registry
 from zoo.core.resume import checked_progress, same_run
 from zoo.core.rows import RowStream
+from zoo.core.run_lines import first_empty, nothing_trained, rows_read
 from zoo.core.saver import Saved, Saver
 from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
 from zoo.core.step import TrainState, train_step
@@ -165,9 +166,7 @@ class _Run:
         """A checkpoint of the current step; None if it is written beside the steps that follow; collective."""
         progress = {
             "step": self.state.step,
-            "tokens": self.meter.tokens,
-            "trained_tokens": self.meter.trained,
-            "empty_steps": self.meter.empty_steps,
+            **self.meter.progress(),
             "cursor": self.position.cursor,
         } | same_run(self.prepared)
         save = self.saver.start if beside else self.saver.write
@@ -180,21 +179,6 @@ class _Run:
         self.saver.close()
         if self.stream is not None:
             self.stream.close()
-
-    def rows_read(self, position: Position) -> str:
-        """What became of the samples up to a position. Nothing is left out in silence."""
-        stats, fill = position.stats, 100 * position.fill
-        if stats is None:
-            return ""
-        trained, empty = 100 * stats.trained_tokens / max(1, stats.tokens), self.meter.empty_steps
-        rows = (
-            f"{'rows':<10}{stats.samples:,} samples read into {stats.rows:,} rows, {fill:.1f}% full, {trained:.0f}% "
-            f"trained; {stats.split:,} split, {stats.truncated:,} truncated, {stats.dropped:,} dropped, "
-            f"{stats.blank:,} blank"
-            f"{f'; {stats.unlabelled:,} pieces without a label left out' if stats.unlabelled else ''}"
-            f"{f'; {empty:,} steps trained nothing' if empty else ''}"
-        )
-        return "\n".join([rows, *(f"{'warning':<10}{line}" for line in stats.remarks.lines())])
 
     @property
     def info(self) -> RunInfo:
@@ -228,10 +212,10 @@ def _loop(run: _Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
         if due or step % job.log.every == 0:
             _report(run, voice)
         if last:
-            voice.noted(run.rows_read(run.position))
+            voice.noted(rows_read(run.position, empty_steps=run.meter.empty_steps))
         _heard(run.saver.ended(), voice)
         if last and not run.meter.trained:
-            raise _nothing_trained(job)
+            raise nothing_trained(job)
         if due:
             _save(run, voice, must=last or stopping)
         if stopping and not last:
@@ -257,18 +241,7 @@ def _report(run: _Run, voice: Voice) -> None:
     steps = run.meter.flush()
     voice.stepped(steps)
     if not before and run.meter.empty_steps:
-        first = next(int(metrics["step"] or 0) for metrics in steps if metrics["loss"] is None)
-        voice.noted(
-            f"warning: no token of step {first} is trained, so it changed nothing and has no loss; such steps are "
-            f"counted, and `zoo data check` says what is trained of the data"
-        )
-
-
-def _nothing_trained(job: Job) -> DataError:
-    return DataError(
-        f"no token was trained in {job.schedule.steps} steps on {job.data.path}, so nothing was saved; "
-        f"`zoo data check` shows what --loss-on {job.data.loss_on} leaves to train"
-    )
+        voice.noted(first_empty(steps))
 
 
 def _say_what_is_read(run: _Run, voice: Voice) -> None:
@@ -278,7 +251,7 @@ def _say_what_is_read(run: _Run, voice: Voice) -> None:
         return
     for note in run.stream.notes:
         voice.noted(f"{'warning':<10}{note}")
-    voice.noted(run.rows_read(ahead))
+    voice.noted(rows_read(ahead, empty_steps=run.meter.empty_steps))
 
 
 def _blamed(error: NumericsError, run: _Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
@@ -375,8 +348,7 @@ def _start_from(checkpoints: Checkpoints, resume: str) -> tuple[Path | None, lis
 def _resume(saved: Path, prepared: Prepared, state: TrainState, stream: RowStream | None, meter: Meter) -> None:
     progress = checked_progress(saved, prepared)
     checkpoint.load(state, saved)
-    meter.tokens, meter.trained = progress["tokens"], progress["trained_tokens"]
-    meter.empty_steps = progress.get("empty_steps", 0)
+    meter.resume(progress)
     if stream is not None:
         stream.load_state_dict(progress["cursor"])
 
