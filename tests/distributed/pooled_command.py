@@ -39,8 +39,17 @@ def command(*args, status=0):
 
 def joined(*command_of_rank, **environment):
     """Run a command line on each rank of an outer launcher; return (status, what it wrote to stderr) of each."""
+    return [answer for (answer,) in _in_turn([[words] for words in command_of_rank], environment)]
+
+
+def joined_in_turn(commands, *, world):
+    """Run command lines one after the other in the same ranks of an outer launcher; return the answers of each rank."""
+    return _in_turn([commands] * world, {})
+
+
+def _in_turn(commands_of_rank, environment):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    lines = [[str(word) for word in words] for words in command_of_rank]
+    lines = [[[str(word) for word in words] for words in commands] for commands in commands_of_rank]
     with tempfile.TemporaryDirectory() as run_id:
         return ranks.run(len(lines), _be_joined, lines, store.port, run_id, environment, group=False)
 
@@ -49,15 +58,15 @@ def _be_joined(lines, port, run_id, environment):
     """On a rank: what a process of torchrun does."""
     launched = {
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{"TORCHELASTIC_RUN_ID": run_id, **environment},
+        **{"TORCHELASTIC_RUN_ID": run_id, STORE_FILE: "", **environment},
     }
-    words = lines[int(os.environ["RANK"])]
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        mock.patch.dict(os.environ, launched),
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(said),
-    ):
+    commands = lines[int(os.environ["RANK"])]
+    with mock.patch.dict(os.environ, launched):
+        return [_answer(words) for words in commands]
+
+
+def _answer(words):
+    with tempfile.TemporaryFile("w+") as said, redirect_stdout(io.StringIO()), redirect_stderr(said):
         status = main(words)
         said.seek(0)
         return status, said.read()

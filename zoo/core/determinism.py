@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.utils.deterministic as torch_deterministic
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
@@ -20,7 +22,8 @@ def determinism(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     chooses = torch.backends.cudnn.benchmark
     fills: bool = torch_deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -31,6 +34,8 @@ def determinism(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        if workspace is None:
+            del os.environ[_WORKSPACE]
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = chooses
         torch_deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
