@@ -3,9 +3,10 @@
     python tools/stop_anywhere.py [--times 30] [--seed 0] [--json FILE]
 
 Each time a run of a few steps is started, on one process or on two ranks by turns, and gets a signal after a drawn part
-of what such a run takes from start to end. It must save and end with 75, or end with 75 and say that there was nothing
-to save yet, or end with 0 if the signal came in the last step or later. No traceback, no process is left, what is saved
-is as many steps as were reported. Before Python has begun zoo, which is counted, the signal itself ends the process.
+of what such a run takes from start to end, or, every other time, soon after a drawn step. It must save and end with 75,
+or end with 75 and say that there was nothing to save yet, or end with 0 if the signal came in the last step or later.
+No traceback, no process is left, what is saved is as many steps as were reported. Before Python has begun zoo, which is
+counted, the signal itself ends the process.
 """
 
 from __future__ import annotations
@@ -54,12 +55,16 @@ def undisturbed(folder: Path) -> dict[tuple[str, ...], float]:
     return took
 
 
-def stop(layout: tuple[str, ...], run: Path, number: signal.Signals, after_s: float) -> tuple[str, list[str]]:
+def stop(
+    layout: tuple[str, ...], run: Path, number: signal.Signals, steps: int, after_s: float
+) -> tuple[str, list[str]]:
     """Start a run and ask it to stop. Return how it ended, and what was wrong with that."""
     with (run.parent / f"{run.name}.log").open("w+") as log:
         process = subprocess.Popen(
             command((*JOB, *layout), run), stdout=log, stderr=log, env=environment() | {"ZOO_STOP_ANYWHERE": run.name}
         )
+        while steps_of(run) < steps and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(after_s)
         before, over = steps_of(run), process.poll() is not None
         process.send_signal(number)
@@ -103,14 +108,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zoo-stops-") as folder:
         took = undisturbed(Path(folder))
         for time_ in range(words.times):
-            layout, number = LAYOUTS[time_ % len(LAYOUTS)], SIGNALS[time_ // len(LAYOUTS) % len(SIGNALS)]
-            after_s = took[layout] * chance.random()
-            how, wrong = stop(layout, Path(folder) / f"run-{time_}", number, after_s)
+            layout, number = LAYOUTS[time_ % len(LAYOUTS)], SIGNALS[time_ // 4 % len(SIGNALS)]
+            steps = 0 if time_ // 2 % 2 else chance.randint(1, STEPS)
+            after_s = (0.5 if steps else took[layout]) * chance.random()
+            how, wrong = stop(layout, Path(folder) / f"run-{time_}", number, steps, after_s)
             ends[how] += 1
-            faults += [f"{number.name} after {after_s:.2f} s, {' '.join(layout) or 'one process'}: {w}" for w in wrong]
-            said(
-                f"{time_ + 1}: {number.name} after {after_s:.2f} s, {' '.join(layout) or 'one process'}: {how} {wrong}"
-            )
+            case = f"{number.name} {after_s:.2f} s after step {steps}, {' '.join(layout) or 'one process'}"
+            faults += [f"{case}: {what}" for what in wrong]
+            said(f"{time_ + 1}: {case}: {how} {wrong}")
     report = {"times": words.times, "seed": words.seed, "ends": dict(ends), "faults": faults}
     said(json.dumps(report, indent=2))
     if words.json:

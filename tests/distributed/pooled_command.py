@@ -110,6 +110,6 @@ class _PooledRanks:
 
 def _be_a_worker(folder, environment):
     """On a rank: what a process of the launcher does until it ends."""
-    os.environ.update(environment)
     heart = WatchedHeart(Path(folder), int(os.environ["RANK"]))
-    assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0
+    with mock.patch.dict(os.environ, environment):
+        assert worker.answer(worker.train_as_asked, Path(folder), heart) == 0

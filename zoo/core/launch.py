@@ -141,6 +141,8 @@ def _end_of(office: Office, rank: int, code: int) -> str:
     if code < 0:
         hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
         end = f"was killed by {signal.Signals(-code).name}{hint}"
+    elif code == SavedOnSignal.exit_code:
+        end = "was ended by a signal"
     else:
         end = f"ended with status {code} before it could say why"
     return f"rank {rank} {end}{_last_words(office, rank)}"

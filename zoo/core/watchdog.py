@@ -113,8 +113,9 @@ class WatchedHeart(Heart):
     def enters(self, part: str) -> None:
         self._pulse = Pulse(self._pulse.beats + 1, part)
         fresh = self._file.with_name(f".{self._file.name}")
-        fresh.write_text(part)
-        os.utime(fresh, (self._pulse.beats, self._pulse.beats))
+        with contextlib.suppress(OSError):  # on a full disk the name of the part is lost
+            fresh.write_text(part)
+        self._leave(fresh)
         fresh.rename(self._file)
 
     def beat(self) -> None:
@@ -122,8 +123,11 @@ class WatchedHeart(Heart):
             self.enters("")
             return
         self._pulse = Pulse(self._pulse.beats + 1, "")
-        # A file's time takes a number at once and on a full disk.
-        os.utime(self._file, (self._pulse.beats, self._pulse.beats))
+        self._leave(self._file)
+
+    def _leave(self, file: Path) -> None:
+        """Leave the number of beats as a file's time, which takes it at once and on a full disk."""
+        os.utime(file, (self._pulse.beats, self._pulse.beats))
 
     def __exit__(self, *_: object) -> None:
         self._file.unlink(missing_ok=True)
