@@ -14,6 +14,7 @@ from tests.command import start, train, zoo
 from tools import kill_ranks
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.metrics import read_metrics
+from zoo.core.watchdog import pulses
 
 JOB = ("llama3", "--seq", "256", "--cp", "2", "--steps", "40", "--save-every", "1")
 PATIENCE_S = 900
@@ -110,12 +111,11 @@ def test_a_rank_that_hangs_is_named(tmp_path):
 
 @pytest.mark.dist
 def test_a_second_signal_aborts_at_once_and_leaves_no_rank_behind(tmp_path):
-    run = tmp_path / "run"
-    process = start("finetune", "llama3", "--seq", "16k", "--cp", "2", "--steps", "99", "--out", run)
-    deadline = time.monotonic() + PATIENCE_S
-    while not (run / "metrics.jsonl").exists() or len(children(process.pid)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    job = ("finetune", "llama3", "--seq", "16k", "--cp", "2", "--steps", "99", "--out", run)
+    process = start(*job, TMPDIR=str(temporary))
+    wait_until(lambda: [pulse.steps for root in temporary.iterdir() for pulse in pulses(root).values()] == [True, True])
     ranks = children(process.pid)
     process.send_signal(signal.SIGINT)
     assert any("SIGINT: finishing the step" in line for line in process.stderr)
