@@ -109,7 +109,7 @@ def test_wrong_words_are_one_line_and_status_2(bench, words, says):
 
 def test_measuring_inside_another_launcher_is_refused(bench, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     status, _, err = bench(*SMALL, "--measure")
     assert status == 2
     assert "run it without torchrun" in err

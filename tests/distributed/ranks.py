@@ -168,6 +168,8 @@ def _join(rank, world, store, timeout):
     from zoo.core.world import forget_meshes
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    # Said by every launcher; nobody meets there, unless the function says where.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     if dist.is_initialized():
         dist.destroy_process_group()
     forget_meshes()

@@ -52,6 +52,11 @@ def test_ranks_with_other_settings_are_told_which(tmp_path, first, second, says)
     assert Checkpoints(tmp_path, keep=1).steps() == []
 
 
+def test_ranks_with_other_plugins_are_told_which(tmp_path):
+    error = refused((*JOB, "--out", tmp_path), (*JOB, "--out", tmp_path, "--no-plugin", "tensorboard"), 4)
+    assert f"rank 1 {HOST} loaded other plugins than rank 0: tensorboard (zoo) is not loaded here" in error
+
+
 def test_another_model_is_an_error_and_no_abort(tmp_path):
     error = refused((*JOB, "--out", tmp_path), ("finetune", "mixtral", *JOB[2:], "--out", tmp_path))
     assert f"model.name: llama3 on rank 0, mixtral on rank 1 {HOST}" in error

@@ -123,9 +123,8 @@ def shared_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     shared(lambda: _make(folder))
     # A name that no host has looked for yet, so that no cache of a network file system says that it is not there.
-    (name,) = set(gathered(f".ranks-{uuid.uuid4().hex}" if dist.get_rank() == 0 else None)) - {None}
-    marker = folder / name
-    shared(lambda: marker.touch() if dist.get_rank() == 0 else None)
+    marker = folder / gathered(f".ranks-{uuid.uuid4().hex}")[0]
+    shared(lambda: _leave(marker) if dist.get_rank() == 0 else None)
     everyone = gathered((marker.exists(), str(folder.absolute()), _host()))
     if dist.get_rank() == 0:
         marker.unlink(missing_ok=True)
@@ -145,6 +144,13 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}; give another --out") from None
+
+
+def _leave(marker: Path) -> None:
+    try:
+        marker.touch()
+    except OSError as error:
+        raise UsageError(f"{marker.parent} cannot be written: {error.strerror}; give another --out") from None
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -183,9 +189,10 @@ def _weights(prepared: Prepared) -> str | None:
 
 def _some_values(tensors: TensorSource, name: str) -> bytes:
     """Return the bytes of a few values from the middle of a tensor."""
-    *outer, last = tensors.shape(name) or (1,)
-    if not tensors.shape(name) or 0 in (*outer, last):
+    shape = tensors.shape(name)
+    if not shape or 0 in shape:
         return b""
+    *outer, last = shape
     middle = [slice(size // 2, size // 2 + 1) for size in outer]
     first = max(0, last // 2 - _SAMPLED_VALUES // 2)
     piece = tensors.read(name, (*middle, slice(first, min(last, first + _SAMPLED_VALUES))))

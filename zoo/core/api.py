@@ -152,10 +152,9 @@ def _joined(
         with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
             prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
             heart.expects(Limits.of(prepared.job.layout.timeout))
-            say = say if outer.rank == 0 else lambda _line: None
             for line in head(prepared) if outer.rank == 0 else ():
                 say(line)
-            if _is_done(prepared, say):
+            if _is_done(prepared, say if outer.rank == 0 else lambda _line: None):
                 return prepared.out
             # On a CPU the peak is measured, which the ranks would do all at once.
             if prepared.job.log.peak_tflops is None and accelerator_type():
