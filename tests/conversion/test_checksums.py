@@ -188,7 +188,7 @@ def test_a_state_of_another_model_is_no_damage(run, text, capfd):
     job = ("finetune", *JOB, "--data", text, "--out", run.parent / "new", *words)
     line = said(capfd, *job)
     assert "is damaged" not in line
-    assert "It was saved for another model" in line
+    assert "was saved for another model" in line
 
 
 # Without checksums --------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ def test_a_head_that_is_not_there_means_the_setting(tmp_path, capsys):
     folder = save_model(tmp_path / "source", tie_word_embeddings=True)
     edit(folder, tie_word_embeddings=False)
     for line in refusals(folder, capsys):
+        assert "lacks lm_head.weight" in line
         assert "a model with tie_word_embeddings true, and its config.json says false" in line
         assert "--set model.tie_word_embeddings=true" in line
     how = ("--from", folder, "--data", __file__, "--seq", "64", "--set", "model.tie_word_embeddings=true")

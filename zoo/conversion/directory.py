@@ -14,7 +14,7 @@ from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
 from zoo.core.checksums import Checksums
-from zoo.core.companions import companion_names, is_licence
+from zoo.core.companions import companion_names
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.errors import DataError
 from zoo.core.finished import changed_directory
@@ -78,14 +78,13 @@ def read_object(file: Path, *, limit: int, values: int = _MAX_VALUES) -> dict[st
 def _checksums(path: Path) -> Checksums | None:
     """What zoo left of checksums when it wrote a directory; all but the tensors are compared. Raises DataError.
 
-    Files that are never read, as a README or a licence, may come and go.
+    Files that are never read, as a README, may come and go.
     """
     found = Checksums.read(path)
     if found is None:
         return None
-    others = [name for name in _companion_names(path) if not is_licence(name)]
     weights = [name for name in _names(path) if name in (CONFIG, INDEX) or _SHARD.fullmatch(name)]
-    reason = found.misfit([*weights, *others])
+    reason = found.misfit([*weights, *_companion_names(path)])
     small = [name for name in found.sums if not _SHARD.fullmatch(name) and found.sums[name].length <= MAX_COMPANION]
     reason = reason or found.changed(small)
     if reason:

@@ -61,11 +61,11 @@ def checked_book(checkpoint: HubCheckpoint, spec: ModelSpec, config: Any) -> Rul
     aliases = [] if checkpoint.own_names else check_tied(tensors, model, book)
     try:
         check_tensors(tensors, expected, allowed=aliases)
-    except DataError:
+    except DataError as error:
         cause = _second_name_only(tensors, model, book) or _setting_that_fits(tensors, spec, config)
         if checkpoint.own_names or cause is None:
             raise
-        raise DataError(f"{tensors}: {cause}") from None
+        raise DataError(f"{error}; or {cause}") from None
     return book
 
 
