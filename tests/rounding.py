@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MARGIN = 3.0
 """Times what was drawn: an error of few directions may be larger than one draw of it. Of gradients of 144 models, ours
-and transformers', on three instruction sets, the largest used a quarter of the whole, and most a twentieth."""
+and transformers', on three instruction sets, the largest used a third of the whole, and most a twentieth."""
 
 _EXACT = """
 clone copy _to_copy where masked_fill index index_select gather cat stack select_scatter neg abs amax amin max min topk
