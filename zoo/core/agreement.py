@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zoo.core import finished
-from zoo.core.errors import PluginError, UsageError, ZooError, error_of, one_line
+from zoo.core.collective import gathered, host_name, shared
+from zoo.core.errors import PluginError, UsageError
 from zoo.core.formats import TensorSource
 from zoo.core.plugins import Plugins, differences
 from zoo.core.prepare import Prepared
 from zoo.core.version import __version__
 
-Answer = TypeVar("Answer")
 Facts = Mapping[str, Any]
 """What must be equal on all ranks, by the name an error gives it; JSON values."""
 
@@ -38,45 +37,12 @@ _SAID, _SHOWN = 4, 80
 """How many differences an error names, and how many characters of a value."""
 
 
-def shared(work: Callable[[], Answer]) -> Answer:
-    """Return what `work` returns on this rank. If it fails on any, raise the error of the first such rank on all.
-
-    `work` has no collectives in it. The rank that failed raises its own error, the others what can be sent of it.
-    """
-    answer: Answer | None = None
-    own: Exception | None = None
-    said: tuple[int, str, str] | None = None
-    try:
-        answer = work()
-    except ZooError as error:
-        own, said = error, (error.exit_code, str(error), _host())
-    except Exception as error:  # a fault, which must not leave the others waiting
-        own, said = error, (ZooError.exit_code, one_line(error), _host())
-    everyone = gathered(said)
-    failed = [rank for rank, words in enumerate(everyone) if words is not None]
-    if not failed:
-        return answer  # type: ignore[return-value]  # this rank did not fail
-    if own is not None and not isinstance(own, ZooError):
-        raise own
-    first = failed[0]
-    exit_code, message, host = everyone[first]
-    where = "" if len(failed) == len(everyone) else f"rank {first} (host {host}): "
-    raise error_of(exit_code, where + message) from own
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return the value of every rank, in their order."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
-
-
 def compare(facts: Facts | None, hint: str) -> None:
     """Raise UsageError on every rank if two ranks hold other facts. None takes no part: the rank does not need them."""
     digest = None if facts is None else hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(gathered(digest)) - {None}) <= 1:
         return
-    everyone = gathered((facts, _host()))
+    everyone = gathered((facts, host_name()))
     base, (expected, _host_of_base) = next((rank, said) for rank, said in enumerate(everyone) if said[0] is not None)
     for rank, (found, host) in enumerate(everyone):
         if found is not None and found != expected:
@@ -85,7 +51,7 @@ def compare(facts: Facts | None, hint: str) -> None:
 
 def same_plugins(plugins: Plugins) -> None:
     """Compare what every rank loaded, before anything depends on it. Raise PluginError."""
-    everyone = gathered((plugins.fingerprint(), _host(), plugins.resolved()))
+    everyone = gathered((plugins.fingerprint(), host_name(), plugins.resolved()))
     for rank, (fingerprint, host, resolved) in enumerate(everyone):
         if fingerprint != everyone[0][0]:
             what = "; ".join(differences(everyone[0][2], resolved))
@@ -125,7 +91,7 @@ def shared_folder(folder: Path) -> None:
     # A name that no host has looked for yet, so that no cache of a network file system says that it is not there.
     marker = folder / gathered(f".ranks-{uuid.uuid4().hex}")[0]
     shared(lambda: _leave(marker) if dist.get_rank() == 0 else None)
-    everyone = gathered((marker.exists(), str(folder.absolute()), _host()))
+    everyone = gathered((marker.exists(), str(folder.absolute()), host_name()))
     if dist.get_rank() == 0:
         marker.unlink(missing_ok=True)
     if not everyone[dist.get_rank()][0]:
@@ -226,7 +192,3 @@ def _shown(facts: Facts, name: str) -> str:
     value = facts.get(name)
     text = "unset" if value is None else str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _host() -> str:
-    return socket.gethostname()

@@ -35,10 +35,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from zoo.core.checksums import NAME as CHECKSUMS, Checksums, Sum, SummingStream, sum_of
+from zoo.core.collective import gathered_on_rank_zero, on_rank_zero
 from zoo.core.errors import DataError, one_line
 from zoo.core.finished import PROGRESS, claimed_steps, finished_steps, flaw, read_progress, set_aside, unclaimed
 from zoo.core.step import TrainState
-from zoo.core.verify import check_among_ranks, gathered, on_rank_zero
+from zoo.core.verify import check_among_ranks
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -205,7 +206,7 @@ def load(state: TrainState, path: Path) -> None:
     tensors = tensors_of(state)
     settings = {name: value for name, value in tensors.items() if name.startswith("optim.param_groups.")}
     tensors = {name: value for name, value in tensors.items() if name not in settings}
-    names = gathered([name for name in tensors if name.startswith("model.")])
+    names = gathered_on_rank_zero([name for name in tensors if name.startswith("model.")])
     on_rank_zero(lambda: _check_metadata(path, set().union(*names)))
     try:
         dcp_load(tensors, checkpoint_id=path / "state")
@@ -230,7 +231,7 @@ def _save_state(tensors: dict[str, Any], path: Path, group: dist.ProcessGroup | 
     writer = FileSystemWriter(path)
     writer.fs = files
     dcp_save(tensors, storage_writer=writer, process_group=group)
-    return {name: total for sums in gathered(files.sums, group) for name, total in sums.items()}
+    return {name: total for sums in gathered_on_rank_zero(files.sums, group) for name, total in sums.items()}
 
 
 class _SummingFiles(FileSystem):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from zoo.core.checksums import Checksums
+from zoo.core.collective import on_rank_zero
 from zoo.core.contracts import HubCheckpoint
 from zoo.core.device import num_cores
-from zoo.core.errors import DataError, ZooError
 from zoo.core.finished import damaged, flaw, not_as_written
-
-Answer = TypeVar("Answer")
 
 _MAX_THREADS = 8
 
@@ -34,31 +31,6 @@ def check_source_among_ranks(source: HubCheckpoint) -> None:
     reason = None if source.checksums is None else _changed(source.checksums)
     if reason is not None:
         raise on_rank_zero(lambda: not_as_written(source, reason))
-
-
-def on_rank_zero(action: Callable[[], Answer], group: dist.ProcessGroup | None = None) -> Answer:
-    """Return on every rank what an action on rank 0 returns. Raise everywhere what it raised, OSError as DataError."""
-    holder: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            holder[0] = action()
-        except ZooError as error:
-            holder[1] = error
-        except OSError as error:
-            said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-            holder[1] = DataError(said)
-    dist.broadcast_object_list(holder, src=0, group=group)
-    if holder[1] is not None:
-        raise holder[1]
-    answer: Answer = holder[0]
-    return answer
-
-
-def gathered(mine: Answer, group: dist.ProcessGroup | None = None) -> list[Answer]:
-    """Return what all ranks give, on rank 0; nothing elsewhere."""
-    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone, dst=0, group=group)
-    return everyone or []
 
 
 def _first_look(path: Path) -> tuple[Checksums | None, str | None]:

@@ -1,0 +1,50 @@
+"""One process at a time in a run directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from zoo.core.collective import shared
+from zoo.core.errors import UsageError
+
+
+def alone_in(run: Path) -> IO[str]:
+    """Lock the run directory against a second process that would write the same checkpoints.
+
+    The lock ends with the file or with the process. Raises UsageError on every rank if somebody holds it.
+    """
+    file = shared(lambda: _lock_file(run))
+    taken = [False]
+    if dist.get_rank() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = [True]
+    dist.broadcast_object_list(taken, src=0)
+    if taken[0]:
+        raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
+    return file
+
+
+def _lock_file(run: Path) -> IO[str]:
+    """Make the run directory and open its lock. Raises UsageError where nothing can be written."""
+    checkpoints = run / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run, checkpoints):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        lock = run / ".lock"
+        # In a copy it may be read-only or somebody else's; it is locked all the same.
+        return lock.open("r" if lock.exists() and not os.access(lock, os.W_OK) else "a")
+    except OSError as error:
+        raise UsageError(
+            f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
+            f"(chmod -R u+w {run}), or give another --out"
+        ) from None
