@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -158,8 +159,8 @@ def test_what_a_run_cannot_open(wrong, model, tmp_path, capsys):
         (["--resume", "never"], 2, ["holds checkpoints and --resume never"]),
         (
             ["--from", "scratch", "--size", "tiny", "--set", "model.intermediate_size=512"],
-            5,
-            ["saved for another model: intermediate_size 256 and not 512"],
+            2,
+            ["began from the weights of its size", "leave out --from"],
         ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) and value[0].startswith("--") else "",
@@ -168,6 +169,17 @@ def test_a_run_that_cannot_go_on(trained, change, status, words, capsys):
     how = ("--data", trained / "data.txt", "--seq", "64", "--steps", "2", "--out", trained / "run", *change)
     line = refused(capsys, status, *how)
     assert all(word in line for word in words), line
+
+
+def test_a_checkpoint_that_another_process_writes_is_not_called_damaged(trained, tmp_path, capsys):
+    """It comes and goes while it is looked at; what is wrong is that two would train in one folder."""
+    run = shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    (run / "checkpoints" / "step-1" / "state" / ".metadata").unlink()
+    how = ("--data", trained / "data.txt", "--seq", "64", "--steps", "2", "--out", run)
+    assert "is damaged" in refused(capsys, 5, *how)
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is being trained by another process" in refused(capsys, 2, *how)
 
 
 def test_a_run_that_is_done_says_so_whatever_became_of_its_data(trained, tmp_path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from zoo.core import finished
+from zoo.core.errors import ZooError
 from zoo.core.inventory import checked_book
 from zoo.core.prepare import Prepared
 from zoo.core.registry import Registry
 from zoo.core.resume import checked_progress
+from zoo.core.run_lock import require_free
 
 
 def check_start(prepared: Prepared, registry: Registry) -> None:
@@ -14,6 +16,15 @@ def check_start(prepared: Prepared, registry: Registry) -> None:
 
     Nothing is computed, and one sample is read. Raises UsageError or DataError.
     """
+    try:
+        _check(prepared, registry)
+    except ZooError:
+        # Checkpoints that another process writes come and go while they are looked at.
+        require_free(prepared.out)
+        raise
+
+
+def _check(prepared: Prepared, registry: Registry) -> None:
     saved = finished.resume_point(prepared.out, prepared.job.checkpoint.resume)
     if prepared.source is not None:
         checked_book(prepared.source, prepared.spec, prepared.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -28,8 +29,21 @@ def alone_in(run: Path) -> IO[str]:
             taken = [True]
     dist.broadcast_object_list(taken, src=0)
     if taken[0]:
-        raise UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
+        raise _taken(run)
     return file
+
+
+def require_free(run: Path) -> None:
+    """Raise UsageError if another process trains in a run directory."""
+    with contextlib.suppress(OSError), (run / ".lock").open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(run) from None
+
+
+def _taken(run: Path) -> UsageError:
+    return UsageError(f"{run} is being trained by another process; wait for it, or give another --out")
 
 
 def _lock_file(run: Path) -> IO[str]:
