@@ -98,6 +98,37 @@ def test_spans_are_those_of_the_generation_tag(tmp_path):
     assert [int(trained) for trained in sample.trained] == their["assistant_masks"]
 
 
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% if m.role == 'assistant' %}"
+FOOT = (
+    "{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ prompt | default('') }}{% endif %}"
+)
+IN_EVERY_TURN = {
+    "an empty pair where there is no reasoning": "{% if '</think>' not in c %}<think>\n\n</think>\n\n{% endif %}",
+    "a pair, with the reasoning taken out of the content": (
+        "<think>{{ c.split('</think>')[0].split('<think>')[-1] if '</think>' in c }}</think>"
+        "{% set c = c.split('</think>')[-1] %}"
+    ),
+    "the end only": "</think>{% set c = c.split('</think>')[-1] %}",
+}
+
+
+@pytest.mark.parametrize("header", IN_EVERY_TURN.values(), ids=IN_EVERY_TURN.keys())
+def test_markup_that_a_template_writes_in_every_turn_is_the_assistants_to_write(thinking, tmp_path, header):
+    """As GLM-4.5's, DeepSeek-V3.1's and SmolLM3's; the oracle is transformers' apply_chat_template."""
+    (tmp_path / "t.jinja").write_text(HEAD + header + FOOT)
+    ours = thinking.with_chat_template(tmp_path / "t.jinja")
+    theirs = AutoTokenizer.from_pretrained(thinking.path)
+    asked = {"role": "user", "content": "u"}
+    for said in ("<think>r</think>\n\nanswer", "answer"):
+        chat = [asked, {"role": "assistant", "content": said}] * 2
+        expected = theirs.apply_chat_template(chat, return_dict=False, chat_template=HEAD + header + FOOT)
+        assert ours.encode_rendered(ours.render(chat))[0] == expected
+    typed = [{"role": "user", "content": "</think>"}, {"role": "assistant", "content": f"a{END}b{START}"}]
+    ids, _ = ours.encode_rendered(ours.render(typed))
+    assert [count(ours, ids, token) for token in (START, END, "</think>")] == [2, 2, 1]
+
+
 def test_an_assistant_writes_its_own_markup_and_others_do_not(thinking):
     chat = [
         {"role": "user", "content": "<think>u</think>"},

@@ -64,6 +64,11 @@ class Marks:
         return [self._walked(item, pattern) for item in value] if isinstance(value, list | tuple) else value
 
 
+def counterpart(content: str) -> str:
+    """Return what closes a piece of markup, or opens it: `</think>` for `<think>` and the other way round."""
+    return content[:1] + content[2:] if content[1:2] == "/" else f"{content[:1]}/{content[1:]}"
+
+
 def check_unguarded(text: str) -> None:
     """Raise DataError if a text holds the private character itself."""
     if GUARD in text:
