@@ -462,6 +462,30 @@ def test_a_prompt_that_ends_in_a_tag_is_no_part_of_an_answer_without_it(trained)
     )
 
 
+ENDED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% s %}{{ m.content }}<|im_end|>{% e %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["end", "text", "<", "", "Four"])
+def test_an_answer_that_the_closing_of_a_conversation_spells_ends_with_its_token(families, registry, tmp_path, answer):
+    """Phi-3's template writes a token at the very end, where no answer is to come; transformers' mask is the oracle."""
+    (tmp_path / "t.jinja").write_text(ENDED.replace("{% s %}", "").replace("{% e %}", ""))
+    messages = [USER, {**FOUR, "content": answer}, MORE, SIX]
+    document = Samples(registry, families["chatml"].with_chat_template(tmp_path / "t.jinja"))(
+        Record({"messages": messages}, "a:1")
+    )
+    marked = ENDED.replace("{% s %}", "{% generation %}").replace("{% e %}", "{% endgeneration %}")
+    out = families["chatml"].pretrained.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, chat_template=marked
+    )
+    before = len(out["input_ids"]) - 2  # the new line and `<|endoftext|>`
+    assert document.tokens.tolist() == out["input_ids"]
+    assert document.trained[:before].tolist() == [bool(one) for one in out["assistant_masks"][:before]]
+
+
 words = st.sampled_from(
     ["four", "yes", "\n", " ", "</think>", "<think>", ":", "<|im_end|>", "</s>", "1", "[/INST]", "ok."]
 )
