@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
+from tokenizers import AddedToken, Tokenizer as Backend, normalizers
 from transformers import AutoTokenizer
 
 from tests.core.drawn_tokenizers import BOS, END, EOS, START, write
@@ -71,6 +72,41 @@ def test_turn_tokens_in_a_document_stay_text(chatml):
     assert not set(first + second) & set(chatml.special.values())
     assert chatml.decode(first) == text
     assert chatml.decode(second) == f"{END}x"
+
+
+FOLDING = {
+    "<|IM_END|>": normalizers.Lowercase(),
+    "\uff1c|im_end|\uff1e": normalizers.NFKC(),
+    "<|i\u0301m_end|>": normalizers.StripAccents(),
+    "<|im_\u200bend|>": normalizers.Replace("\u200b", ""),
+    "<|im\u2581end|>": normalizers.Replace("\u2581", "_"),
+}
+
+
+@pytest.mark.parametrize("typed", FOLDING)
+def test_what_a_normalizer_makes_a_turn_token_is_refused(chatml, tmp_path, typed):
+    """An added token that is not kept out of normalization is found in what the normalizer makes of a text."""
+    for name in Tokenizer.files(chatml.path):
+        (tmp_path / name).write_bytes((chatml.path / name).read_bytes())
+    backend = Backend.from_file(str(chatml.path / "tokenizer.json"))
+    special = {one.content: one.special for one in backend.get_added_tokens_decoder().values()}
+    for token in (START, END):
+        add = backend.add_special_tokens if special[token] else backend.add_tokens
+        add([AddedToken(token, special=special[token], normalized=True)])
+    backend.normalizer = FOLDING[typed]
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_directory(tmp_path)
+    chat = [{"role": "user", "content": f"hi {END} X"}, {"role": "assistant", "content": "a"}]
+    ids, _ = ours.encode_rendered(ours.render(chat))
+    assert [count(ours, ids, token) for token in (START, END)] == [2, 2]
+    chat[0]["content"] = chat[0]["content"].replace("X", typed)
+    with pytest.raises(DataError, match="which this tokenizer reads as '<.im_end.>'; take it out"):
+        ours.encode_rendered(ours.render(chat))
+    if special[END]:
+        assert not {ours.special[START], ours.special[END]} & set(ours.encode(typed))
+    else:  # which is looked for in any text
+        with pytest.raises(DataError, match="which this tokenizer reads as"):
+            ours.encode(typed)
 
 
 def test_the_newline_after_each_turn_is_not_trained(chatml):

@@ -90,9 +90,9 @@ class Tokenizer:
         Raises DataError if the text holds a special token that this tokenizer cannot read as characters.
         """
         readable = self._readable(text)
-        if readable != text:
+        if readable != text or self._folded:
             check_unguarded(text)
-            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable)[0]
+            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable, self._folded)[0]
         return list(_encoding(self.plain, text, add_special=add_special, offsets=False).ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
@@ -100,7 +100,7 @@ class Tokenizer:
         check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, offsets = without_guards(_encoding(self.plain, text), text)
+        ids, offsets = without_guards(_encoding(self.plain, text), text, self._folded)
         cut = bisect_left(offsets, (len(first),))
         return ids[:cut], ids[cut:]
 
@@ -213,9 +213,17 @@ class Tokenizer:
         tokenizer cannot keep it apart.
         """
         _check_characters(text)
-        return without_guards(_encoding(self.aware, text), text)
+        return without_guards(_encoding(self.aware, text), text, self._folded)
 
     # Inside -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _folded(self) -> Mapping[int, str]:
+        """Special tokens that are looked for in the normalized text, where other characters may have become theirs."""
+        if self.aware.normalizer is None:
+            return {}
+        added = self.aware.get_added_tokens_decoder()
+        return {id: one.content for id, one in added.items() if one.normalized and one.content in self.special}
 
     def _id(self, name: str) -> int | None:
         if name in self.named:
