@@ -486,6 +486,18 @@ def test_an_assistant_that_speaks_first_is_trained_without_its_header(trained):
         assert remarks == []
 
 
+def test_a_header_that_no_prompt_of_an_empty_conversation_has_is_not_trained(families, registry, tmp_path):
+    """As in the templates of Zephyr and OLMo, which write the prompt after the last message."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n"
+        "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}"
+    )
+    tokenizer = families["chatml"].with_chat_template(tmp_path / "t.jinja")
+    document = Samples(registry, tokenizer)(Record({"messages": [SIX, USER, FOUR]}, "a:1"))
+    text = tokenizer.decode(document.tokens[document.trained].tolist())
+    assert text == "Six<|im_end|>Four<|im_end|>"
+
+
 def test_a_prompt_that_ends_in_a_tag_is_no_part_of_an_answer_without_it(trained):
     """As R1's: generation begins after `<think>`, and the template keeps no reasoning."""
     messages = [USER, {**FOUR, "content": "<think>\nsums\n</think>\n\n<b>Four</b>"}, MORE, SIX]

@@ -83,6 +83,8 @@ class Turns:
 
     def _beginnings(self, turn: int) -> _Beginnings:
         before, after = self._rendered(self.messages[:turn], prompt=True), self._rendered(self.messages[: turn + 1])
+        if turn == 0 and before == self._rendered(()):
+            before = None  # some templates write no prompt before anybody has spoken
         start = stop = added = None
         closing = next((token for token in self.special if before is not None and before.endswith(token)), "")
         if before is not None and self.text.startswith(before):
