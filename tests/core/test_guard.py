@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
+from tokenizers import AddedToken, Tokenizer as Backend, normalizers
 from transformers import AutoTokenizer
 
 from tests.core.drawn_tokenizers import BOS, END, EOS, START, write
@@ -73,6 +74,41 @@ def test_turn_tokens_in_a_document_stay_text(chatml):
     assert chatml.decode(second) == f"{END}x"
 
 
+FOLDING = {
+    "<|IM_END|>": normalizers.Lowercase(),
+    "\uff1c|im_end|\uff1e": normalizers.NFKC(),
+    "<|i\u0301m_end|>": normalizers.StripAccents(),
+    "<|im_\u200bend|>": normalizers.Replace("\u200b", ""),
+    "<|im\u2581end|>": normalizers.Replace("\u2581", "_"),
+}
+
+
+@pytest.mark.parametrize("typed", FOLDING)
+def test_what_a_normalizer_makes_a_turn_token_is_refused(chatml, tmp_path, typed):
+    """An added token that is not kept out of normalization is found in what the normalizer makes of a text."""
+    for name in Tokenizer.files(chatml.path):
+        (tmp_path / name).write_bytes((chatml.path / name).read_bytes())
+    backend = Backend.from_file(str(chatml.path / "tokenizer.json"))
+    special = {one.content: one.special for one in backend.get_added_tokens_decoder().values()}
+    for token in (START, END):
+        add = backend.add_special_tokens if special[token] else backend.add_tokens
+        add([AddedToken(token, special=special[token], normalized=True)])
+    backend.normalizer = FOLDING[typed]
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_directory(tmp_path)
+    chat = [{"role": "user", "content": f"hi {END} X"}, {"role": "assistant", "content": "a"}]
+    ids, _ = ours.encode_rendered(ours.render(chat))
+    assert [count(ours, ids, token) for token in (START, END)] == [2, 2]
+    chat[0]["content"] = chat[0]["content"].replace("X", typed)
+    with pytest.raises(DataError, match="which this tokenizer reads as '<.im_end.>'; take it out"):
+        ours.encode_rendered(ours.render(chat))
+    if special[END]:
+        assert not {ours.special[START], ours.special[END]} & set(ours.encode(typed))
+    else:  # which is looked for in any text
+        with pytest.raises(DataError, match="which this tokenizer reads as"):
+            ours.encode(typed)
+
+
 def test_the_newline_after_each_turn_is_not_trained(chatml):
     chat = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user", "assistant")]
     sample = messages_sample(Record({"messages": chat}, "a:1"), chatml, loss_on="assistant")
@@ -96,6 +132,37 @@ def test_spans_are_those_of_the_generation_tag(tmp_path):
     )
     assert list(sample.tokens) == their["input_ids"]
     assert [int(trained) for trained in sample.trained] == their["assistant_masks"]
+
+
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% if m.role == 'assistant' %}"
+FOOT = (
+    "{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ prompt | default('') }}{% endif %}"
+)
+IN_EVERY_TURN = {
+    "an empty pair where there is no reasoning": "{% if '</think>' not in c %}<think>\n\n</think>\n\n{% endif %}",
+    "a pair, with the reasoning taken out of the content": (
+        "<think>{{ c.split('</think>')[0].split('<think>')[-1] if '</think>' in c }}</think>"
+        "{% set c = c.split('</think>')[-1] %}"
+    ),
+    "the end only": "</think>{% set c = c.split('</think>')[-1] %}",
+}
+
+
+@pytest.mark.parametrize("header", IN_EVERY_TURN.values(), ids=IN_EVERY_TURN.keys())
+def test_markup_that_a_template_writes_in_every_turn_is_the_assistants_to_write(thinking, tmp_path, header):
+    """As GLM-4.5's, DeepSeek-V3.1's and SmolLM3's; the oracle is transformers' apply_chat_template."""
+    (tmp_path / "t.jinja").write_text(HEAD + header + FOOT)
+    ours = thinking.with_chat_template(tmp_path / "t.jinja")
+    theirs = AutoTokenizer.from_pretrained(thinking.path)
+    asked = {"role": "user", "content": "u"}
+    for said in ("<think>r</think>\n\nanswer", "answer"):
+        chat = [asked, {"role": "assistant", "content": said}] * 2
+        expected = theirs.apply_chat_template(chat, return_dict=False, chat_template=HEAD + header + FOOT)
+        assert ours.encode_rendered(ours.render(chat))[0] == expected
+    typed = [{"role": "user", "content": "</think>"}, {"role": "assistant", "content": f"a{END}b{START}"}]
+    ids, _ = ours.encode_rendered(ours.render(typed))
+    assert [count(ours, ids, token) for token in (START, END, "</think>")] == [2, 2, 1]
 
 
 def test_an_assistant_writes_its_own_markup_and_others_do_not(thinking):

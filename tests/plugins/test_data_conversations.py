@@ -235,6 +235,33 @@ def test_arguments_may_be_an_object_or_json_text(trained, families, name):
     assert as_text[1] == []
 
 
+@pytest.mark.parametrize("name", ["llama31", "qwen25", "qwen3", "mistral", "deepseek"])
+def test_a_tool_call_may_have_its_name_one_level_up(sample, name):
+    """As exports of Hermes and ShareGPT have it; most templates look below `function`."""
+    call = {"id": "abcdefgh1", "name": "weather", "arguments": {"place": "Paris"}}
+    nested = {"id": "abcdefgh1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Paris"}}}
+    one, other = (
+        sample(name, messages=[USER, {"role": "assistant", "content": "", "tool_calls": [form]}])
+        for form in (call, nested)
+    )
+    assert one.tokens.tolist() == other.tokens.tolist()
+    assert one.trained.tolist() == other.trained.tolist()
+
+
+def test_arguments_that_are_no_json_are_said(sample, trained, registry, families, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1'}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    kind = "tool calls whose arguments are text and no JSON object"
+    assert (kind, "message 2") in trained("qwen3", messages=messages)[1]
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    tokenizer = families["chatml"].with_chat_template(tmp_path / "t.jinja")
+    with pytest.raises(DataError, match=r"^a:1: .*; the arguments of message 2's tool calls are no JSON object$"):
+        Samples(registry, tokenizer)(Record({"messages": messages}, "a:1"))
+
+
 def test_no_content_beside_tool_calls_is_never_the_word_none(trained, registry, families, tmp_path):
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     for content in ({"content": None}, {}, {"content": ""}):
@@ -271,6 +298,12 @@ def test_a_turn_of_weight_0_is_not_trained(trained, no):
     assert "What is two and two?" in everything
     assert trained("llama3", prompt=messages[:1], completion=messages[1:])[0] == "Six<|eot_id|>"
     assert trained("llama3", messages=[USER, {**FOUR, **no}])[0] == ""
+
+
+def test_a_conversation_that_nobody_wants_trained_says_why(trained):
+    _, remarks = trained("chatml", messages=[USER, {**FOUR, "weight": 0}])
+    assert remarks == [("conversations whose assistant's turns all have weight 0 or train false", "")]
+    assert trained("chatml", messages=[USER, {**FOUR, "weight": 0}], loss_on="all")[1] == []
 
 
 def test_a_weight_says_yes_or_no(sample, trained):
@@ -356,7 +389,7 @@ def test_a_system_message_may_have_a_column(sample):
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, FOUR]},
             "message 1: part 1 of its content is of type 'image_url'; only text is trained on",
         ),
-        ({"messages": [{**USER, "content": ["x"]}, FOUR]}, "part 1 of its content is a str; only text"),
+        ({"messages": [{**USER, "content": ["x"]}, FOUR]}, "part 1 of its content is a string; only text"),
         ({"messages": [USER, {**FOUR, "tool_calls": "x"}]}, "message 2: tool_calls is text that is not JSON"),
         ({"messages": [USER, {**FOUR, "tool_calls": [{"id": 1}]}]}, "a tool call must be an object with a function"),
         ({"messages": [USER, {**FOUR, "tool_calls": {"name": "f"}}]}, "tool_calls must be a list"),
@@ -364,7 +397,12 @@ def test_a_system_message_may_have_a_column(sample):
         ({"messages": [USER, FOUR], "tools": {"name": "f"}}, "column tools must be a list, not an object"),
         ({"messages": [USER, FOUR], "tools": ["{"]}, "an entry of column tools is text that is not JSON"),
         ({"messages": None, "meta": 1}, "its columns (meta) fit no data format"),
-        ({"text": None}, "its columns (none) fit no data format"),
+        ({"text": None}, "all its columns (text) hold null; take it out"),
+        ({"text": 4}, "column text must be a string, not a number"),
+        ({"prompt": "a", "completion": ["b"]}, "two strings or two lists of messages, not a string and a list"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, "that is text; it is null"),
+        ({"messages": [USER, {"role": "assistant", "content": 0.5}]}, "a content that is text; it is a number"),
+        ({"messages": [USER, {**FOUR, "content": [{"type": "text", "text": None}]}]}, "'text' and its text is null;"),
     ],
 )
 def test_what_is_not_read_is_refused_in_a_sentence(sample, fields, says):
@@ -448,6 +486,18 @@ def test_an_assistant_that_speaks_first_is_trained_without_its_header(trained):
         assert remarks == []
 
 
+def test_a_header_that_no_prompt_of_an_empty_conversation_has_is_not_trained(families, registry, tmp_path):
+    """As in the templates of Zephyr and OLMo, which write the prompt after the last message."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n"
+        "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}"
+    )
+    tokenizer = families["chatml"].with_chat_template(tmp_path / "t.jinja")
+    document = Samples(registry, tokenizer)(Record({"messages": [SIX, USER, FOUR]}, "a:1"))
+    text = tokenizer.decode(document.tokens[document.trained].tolist())
+    assert text == "Six<|im_end|>Four<|im_end|>"
+
+
 def test_a_prompt_that_ends_in_a_tag_is_no_part_of_an_answer_without_it(trained):
     """As R1's: generation begins after `<think>`, and the template keeps no reasoning."""
     messages = [USER, {**FOUR, "content": "<think>\nsums\n</think>\n\n<b>Four</b>"}, MORE, SIX]
@@ -460,6 +510,31 @@ def test_a_prompt_that_ends_in_a_tag_is_no_part_of_an_answer_without_it(trained)
         trained("qwen3", messages=[USER, FOUR, MORE, SIX], chat_template_kwargs=kwargs)[0]
         == "Four<|im_end|>Six<|im_end|>"
     )
+
+
+ENDED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% s %}{{ m.content }}<|im_end|>{% e %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["end", "text", "<", "", "Four"])
+def test_an_answer_that_the_closing_of_a_conversation_spells_ends_with_its_token(families, registry, tmp_path, answer):
+    """Phi-3's template writes a token at the very end, where no answer is to come; transformers' mask is the oracle."""
+    (tmp_path / "t.jinja").write_text(ENDED.replace("{% s %}", "").replace("{% e %}", ""))
+    messages = [USER, {**FOUR, "content": answer}, MORE, SIX]
+    document = Samples(registry, families["chatml"].with_chat_template(tmp_path / "t.jinja"))(
+        Record({"messages": messages}, "a:1")
+    )
+    marked = ENDED.replace("{% s %}", "{% generation %}").replace("{% e %}", "{% endgeneration %}")
+    out = families["chatml"].pretrained.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, chat_template=marked
+    )
+    before = len(out["input_ids"]) - 2  # the new line and `<|endoftext|>`
+    assert document.tokens.tolist() == out["input_ids"]
+    assert document.trained[:before].tolist() == [bool(one) for one in out["assistant_masks"][:before]]
 
 
 words = st.sampled_from(

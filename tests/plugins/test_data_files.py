@@ -186,10 +186,10 @@ def test_the_fingerprint_follows_names_sizes_and_content(tmp_path):
     [
         (b'{"text": "a"', "not JSON at column 13"),
         (b"[1, 2]", 'a list, not an object; write it as {"text": ...}'),
-        (b"3", "a int, not an object"),
+        (b"3", "a number, not an object"),
         (b'{"text": "\xff"}', "byte 41 of the file is not UTF-8"),
         (b"[" * 100_000, "nested too deep"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "not read"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "a number has too many digits to be read; write it as a string"),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path, line, says):

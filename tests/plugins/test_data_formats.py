@@ -185,7 +185,7 @@ def test_a_conversation_without_an_assistant_has_nothing_trained(registry, made)
         ("hi", "column messages is text that is not JSON; write it as JSON"),
         ([], "not an empty list"),
         ([{"content": "x"}], "message 1 of column messages must be an object with a role"),
-        ([CHAT[0], "x"], "message 2 of column messages must be an object with a role and a content, not a str"),
+        ([CHAT[0], "x"], "message 2 of column messages must be an object with a role and a content, not a string"),
         (
             [{"role": "user", "text": "x"}],
             "needs a content that is text, and is an object with role, text",
@@ -229,7 +229,7 @@ def test_a_completion_of_messages(registry, made):
     document = samples_of(registry, made["llama3"])(prompt=CHAT[:3], completion=CHAT[3:])
     assert [text for text, trained in runs(document, made["llama3"]) if trained] == ["yes.\n\nit is<|eot_id|>"]
     message = refused(lambda: samples_of(registry, made["llama3"])(prompt="x", completion=CHAT))
-    assert "must be two strings or two lists of messages, not str and list" in message
+    assert "must be two strings or two lists of messages, not a string and a list" in message
 
 
 # Choosing a format --------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_columns_of_two_formats_are_an_error_that_says_what_to_type(registry, ma
 def test_unknown_columns_formats_and_options_are_errors(registry, made):
     sample = samples_of(registry, made["llama3"])
     assert "(input, output) fit no data format" in refused(lambda: sample(input="a", output="b"))
-    assert "must be a string, not int" in refused(lambda: sample(text=3))
+    assert "must be a string, not a number" in refused(lambda: sample(text=3))
     for options, error in (
         ({"data_format": "massages"}, (UsageError, PluginError)),
         ({"loss_on": "asistant"}, UsageError),

@@ -64,15 +64,27 @@ class Marks:
         return [self._walked(item, pattern) for item in value] if isinstance(value, list | tuple) else value
 
 
+def counterpart(content: str) -> str:
+    """Return what closes a piece of markup, or opens it: `</think>` for `<think>` and the other way round."""
+    return content[:1] + content[2:] if content[1:2] == "/" else f"{content[:1]}/{content[1:]}"
+
+
 def check_unguarded(text: str) -> None:
     """Raise DataError if a text holds the private character itself."""
     if GUARD in text:
         raise DataError("a text holds the character U+10FFF0, which zoo keeps for itself; take it out")
 
 
-def without_guards(encoding: Encoding, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return ids and places of the tokens of a text, those of its GUARDs left out."""
+def without_guards(encoding: Encoding, text: str, folded: Mapping[int, str]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return ids and places of the tokens of a text, those of its GUARDs left out.
+
+    `folded` are special tokens that a normalizer makes of other characters, too. Raises DataError where it did.
+    """
     ids, offsets = list(encoding.ids), encoding.offsets
+    for id, (start, stop) in zip(ids, offsets, strict=True) if folded else ():
+        written, meant = text[start:stop], folded.get(id)
+        if written and meant and meant not in written:
+            raise DataError(f"the text holds {written!r}, which this tokenizer reads as {meant!r}; take it out")
     if GUARD not in text:
         return ids, offsets
     kept = []

@@ -83,6 +83,10 @@ class Samples:
             raise DataError(f"{record.where}: {error}") from None
         if found is not None:
             return found
+        if record.fields and not columns:
+            raise DataError(
+                f"{record.where}: all its columns ({', '.join(sorted(record.fields))}) hold null; take it out"
+            )
         known = ", ".join(self._registry.data_formats.names()) or "none"
         raise DataError(
             f"{record.where}: its columns ({', '.join(sorted(columns)) or 'none'}) fit no data format; name them text, "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Encoding, Tokenizer as Backend
 
 from zoo.core.errors import DataError
-from zoo.core.guard import ASSISTANT, GUARD, Marks, check_unguarded, without_guards
+from zoo.core.guard import ASSISTANT, GUARD, Marks, check_unguarded, counterpart, without_guards
 from zoo.core.template import ChatTemplates, literal_text
 from zoo.core.tokenizer_files import load_pretrained, read_object, tokenizer_files
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["GUARD", "Tokenizer"]
+
+_SAID = "\U0010fff1"
+"""A private character that stands for what a message says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +90,9 @@ class Tokenizer:
         Raises DataError if the text holds a special token that this tokenizer cannot read as characters.
         """
         readable = self._readable(text)
-        if readable != text:
+        if readable != text or self._folded:
             check_unguarded(text)
-            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable)[0]
+            return without_guards(_encoding(self.plain, readable, add_special=add_special), readable, self._folded)[0]
         return list(_encoding(self.plain, text, add_special=add_special, offsets=False).ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
@@ -97,7 +100,7 @@ class Tokenizer:
         check_unguarded(first + second)
         first, second = self._readable(first), self._readable(second)
         text = f"{first}{GUARD}{second}"
-        ids, offsets = without_guards(_encoding(self.plain, text), text)
+        ids, offsets = without_guards(_encoding(self.plain, text), text, self._folded)
         cut = bisect_left(offsets, (len(first),))
         return ids[:cut], ids[cut:]
 
@@ -210,9 +213,17 @@ class Tokenizer:
         tokenizer cannot keep it apart.
         """
         _check_characters(text)
-        return without_guards(_encoding(self.aware, text), text)
+        return without_guards(_encoding(self.aware, text), text, self._folded)
 
     # Inside -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _folded(self) -> Mapping[int, str]:
+        """Special tokens that are looked for in the normalized text, where other characters may have become theirs."""
+        if self.aware.normalizer is None:
+            return {}
+        added = self.aware.get_added_tokens_decoder()
+        return {id: one.content for id, one in added.items() if one.normalized and one.content in self.special}
 
     def _id(self, name: str) -> int | None:
         if name in self.named:
@@ -229,22 +240,32 @@ class Tokenizer:
         added = self.aware.get_added_tokens_decoder().values()
         flagged = {token.content for token in added if token.special and token.content}
         named = set(self.named.values())
-        turns = self._turns()
+        frame, header = self._frame()
         # Words and white space that a template writes are text, whatever was added to the vocabulary.
         signs = {token.content for token in added if any(not (c.isalnum() or c.isspace()) for c in token.content)}
-        text = "\0".join((*map(literal_text, self.templates.values()), turns))
+        text = "\0".join((*map(literal_text, self.templates.values()), frame, header))
         written = {content for content in signs if content in text}
         special = (flagged | named | written) - self.undefined
-        inside = {content for content in written if content not in turns and content not in named} if turns else set()
+        free = {content for content in signs - named if content not in frame} if frame else set()
+        # Pairs that a template writes before an answer without reasoning (`<think></think>`) are no header.
+        inside = {content for content in written & free if content not in header or counterpart(content) in free}
         return Marks(frozenset(special), frozenset(special - flagged - named), frozenset(inside))
 
-    def _turns(self) -> str:
-        """Return what the template writes around and between the turns of a chat; "" if it refuses the least one."""
+    def _frame(self) -> tuple[str, str]:
+        """Return what the template writes around the turns of a chat, and apart what it begins an assistant's with.
+
+        Nothing if it refuses the least chat.
+        """
         roles = ("user", ASSISTANT, "user")
         try:
-            return self.chat.render([{"role": role, "content": "x"} for role in roles])
+            text = self.chat.render([{"role": role, "content": _SAID} for role in roles])
         except DataError:
-            return ""
+            return "", ""
+        before, *between = text.split(_SAID)
+        if len(between) != len(roles):
+            return text, ""
+        header, *after = between
+        return "\0".join((before, *after)), header
 
     @cached_property
     def _indivisible(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
 from zoo.plugins.data.conversation import Conversation, template_variables
 from zoo.plugins.data.markers import spelt_remarks
-from zoo.plugins.data.turns import read_messages
+from zoo.plugins.data.turns import described, read_messages
 
 
 def completion_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -21,7 +21,7 @@ def completion_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> 
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise DataError(
             f"{record.where}: columns prompt and completion must be two strings or two lists of messages, "
-            f"not {type(prompt).__name__} and {type(completion).__name__}"
+            f"not {described(prompt)} and {described(completion)}"
         )
     return _of_messages(record, tokenizer, loss_on=loss_on)
 

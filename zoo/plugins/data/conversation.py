@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo.core.errors import DataError
 from zoo.core.formats import Record, Remark, Sample
 from zoo.core.tokenizer import GUARD, Tokenizer
-from zoo.plugins.data.forms import forms
+from zoo.plugins.data.forms import forms, is_unreadable
 from zoo.plugins.data.losses import lost
 from zoo.plugins.data.markers import lacking, named, spelt_in_turns
 from zoo.plugins.data.spans import Span, Turns
-from zoo.plugins.data.turns import ASSISTANT, UNTRAINED, Message, call_of, described, from_json, is_trained
+from zoo.plugins.data.turns import ASSISTANT, UNTRAINED, Message, arguments_of, described, from_json, is_trained
 
 _OWN_VARIABLES = {"messages", "add_generation_prompt", "self"}
 """What rendering itself gives to a template."""
+
+_UNWANTED = "conversations whose assistant's turns all have weight 0 or train false"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +44,14 @@ class Conversation:
         kept = [i for i in said if is_trained(self.messages[i], where=f"{self.where}: message {i + 1}")]
         wanted = {"all": [i for i in said if i not in kept], "last": kept[-1:], "completion": kept[-1:]}
         try:
-            return self._sample(wanted.get(loss_on, kept), outside=loss_on == "all")
+            sample = self._sample(wanted.get(loss_on, kept), outside=loss_on == "all")
         except DataError as error:
             raise DataError(f"{self.where}: {error}") from None
         except RecursionError:
             raise DataError(f"{self.where}: its messages are nested too deep; take the sample out") from None
+        if loss_on == "all" or kept or not said:
+            return sample
+        return replace(sample, remarks=[Remark(_UNWANTED), *sample.remarks])
 
     def _sample(self, turns: Sequence[int], *, outside: bool) -> Sample:
         """Train on the turns with these indices, or on all that is outside of them."""
@@ -77,7 +82,9 @@ class Conversation:
                 break
         if best is None:
             assert refused is not None, "there is always a form"
-            raise refused
+            broken = [i for i, one in enumerate(self.messages, start=1) if any(map(is_unreadable, arguments_of(one)))]
+            hint = f"; the arguments of message {broken[0]}'s tool calls are no JSON object" if broken else ""
+            raise DataError(f"{refused}{hint}")
         return best[1:]
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
@@ -92,7 +99,9 @@ class Conversation:
                 yield Remark(
                     f"turns that ask for training and are not of role {ASSISTANT!r}, so are not trained", place
                 )
-            if any(_holds_null(call_of(call).get("arguments")) for call in message.get("tool_calls", ())):
+            if any(map(is_unreadable, arguments_of(message))):
+                yield Remark("tool calls whose arguments are text and no JSON object", place)
+            if any(map(_holds_null, arguments_of(message))):
                 yield Remark(
                     "tool calls with null among the arguments, as tables fill in for keys that are not there; "
                     "write arguments as JSON text",

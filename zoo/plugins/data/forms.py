@@ -11,8 +11,9 @@ from zoo.plugins.data.turns import Message, call_of
 
 
 def forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield the messages as they are, then with parts of text joined, arguments in their other form, empty content."""
-    changes = [change for change in (_joined, _with_other_arguments, _with_content) if any(map(change, messages))]
+    """Yield the messages as they are, then changed: parts of text joined, tool calls in their other form, no null."""
+    known = (_joined, _with_functions, _with_other_arguments, _with_content)
+    changes = [change for change in known if any(map(change, messages))]
     for chosen in product((False, True), repeat=len(changes)):
         form = list(messages)
         for change in (change for change, wanted in zip(changes, chosen, strict=True) if wanted):
@@ -31,6 +32,19 @@ def _with_content(message: Message) -> Message | None:
     return {**message, "content": ""} if message["content"] is None else None
 
 
+def _with_functions(message: Message) -> Message | None:
+    """With name and arguments of tool calls one level down, where most templates look for them."""
+    calls = message.get("tool_calls", ())
+    if not any(call_of(call) is call for call in calls):
+        return None
+    return {**message, "tool_calls": [_nested(call) if call_of(call) is call else call for call in calls]}
+
+
+def _nested(call: Mapping[str, Any]) -> dict[str, Any]:
+    outside = {key: value for key, value in call.items() if key not in ("name", "arguments")}
+    return {"type": "function", **outside, "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+
+
 def _with_other_arguments(message: Message) -> Message | None:
     """With arguments of tool calls as objects where they are JSON text, and the other way round.
 
@@ -41,6 +55,11 @@ def _with_other_arguments(message: Message) -> Message | None:
     if not any(changed):
         return None
     return {**message, "tool_calls": [new or old for new, old in zip(changed, message["tool_calls"], strict=True)]}
+
+
+def is_unreadable(arguments: Any) -> bool:
+    """Whether arguments of a tool call are text that is no JSON object."""
+    return isinstance(arguments, str) and _other(arguments) is None
 
 
 def _other(arguments: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from zoo.core.errors import DataError
 from zoo.core.formats import Record
+from zoo.plugins.data.turns import described
 
 MAX_LINE_BYTES = 1 << 28
 """A longer line is taken for a mistake, and is not read into memory."""
@@ -78,8 +79,8 @@ def _fields(line: bytes, where: Line) -> dict[str, Any]:
         raise DataError(f"{where}: {reason}; write one JSON object a line") from None
     except RecursionError:
         raise DataError(f"{where}: brackets are nested too deep; write one flat JSON object a line") from None
-    except ValueError as error:
-        raise DataError(f"{where}: not read: {error}; write one JSON object a line") from None
+    except ValueError:  # of Python's own: an integer of thousands of digits
+        raise DataError(f"{where}: a number has too many digits to be read; write it as a string") from None
     if not isinstance(value, dict):
-        raise DataError(f'{where}: a {type(value).__name__}, not an object; write it as {{"text": ...}}')
+        raise DataError(f'{where}: {described(value)}, not an object; write it as {{"text": ...}}')
     return value

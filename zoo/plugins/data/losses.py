@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.core.formats import Remark
-from zoo.plugins.data.turns import ASSISTANT, REASONING, Message, call_of
+from zoo.plugins.data.turns import ASSISTANT, REASONING, Message, arguments_of, call_of
 
 _THINK = re.compile(r"</?think>")
 
@@ -48,7 +48,7 @@ def lost(
                 losses.append(Loss(what, index))
         if isinstance(message["content"], list) and not _well_written(message["content"], found.text):
             losses.append(Loss("content", index))
-        if not all(found.has(one) for one in _calls(message)) or not _well_written(_arguments(message), found.text):
+        if not all(found.has(one) for one in _calls(message)) or not _well_written(arguments_of(message), found.text):
             losses.append(Loss("tool calls", index))
         at = found.at if part is None else at
     losses += [Loss("content", one) for one in _printed_none(messages, text, variables)]
@@ -111,14 +111,10 @@ def _thoughts(message: Message) -> list[str]:
     return _THINK.split(content)
 
 
-def _arguments(message: Message) -> list[Any]:
-    return [call_of(call).get("arguments") for call in message.get("tool_calls", ())]
-
-
 def _calls(message: Message) -> Iterator[Any]:
     """Names of the tools called, and what is in their arguments."""
     yield from (call_of(call)["name"] for call in message.get("tool_calls", ()))
-    yield from _leaves([one for one in _arguments(message) if not isinstance(one, str)])
+    yield from _leaves([one for one in arguments_of(message) if not isinstance(one, str)])
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -64,14 +64,27 @@ class Turns:
         if known.stop is not None:
             return start, known.stop
         # What ends the turn at the end of a conversation ends it here.
-        said = self.text[slice(*body)]
-        place = known.added.rfind(said) if known.added is not None else -1
-        if known.added is None or place < 0:
+        closing = self._closing(turn, self.text[slice(*body)], known.added or "")
+        if closing is None:
             raise DataError(_mixed(turn))
-        return start, body[1] + self._end_of_turn(known.added[place + len(said) :], self.text[body[1] :])
+        return start, body[1] + self._end_of_turn(closing, self.text[body[1] :])
+
+    def _closing(self, turn: int, said: str, added: str) -> str | None:
+        """Return what the template writes behind the words of a turn at the end of a conversation; None if unknown.
+
+        The words may be in its own, as `end` is in `<|end|>`, so it is asked where others would stand.
+        """
+        alone = self._rendered([*self.messages[:turn], _probe(self.messages[turn])])
+        closing = self._without_tail((alone or "").rpartition(PROBE)[2])
+        if added.endswith(said + closing):
+            return closing
+        place = added.rfind(said)
+        return None if place < 0 else added[place + len(said) :]
 
     def _beginnings(self, turn: int) -> _Beginnings:
         before, after = self._rendered(self.messages[:turn], prompt=True), self._rendered(self.messages[: turn + 1])
+        if turn == 0 and before == self._rendered(()):
+            before = None  # some templates write no prompt before anybody has spoken
         start = stop = added = None
         closing = next((token for token in self.special if before is not None and before.endswith(token)), "")
         if before is not None and self.text.startswith(before):

@@ -6,6 +6,7 @@ from zoo.core.errors import DataError
 from zoo.core.formats import Record, Sample
 from zoo.core.tokenizer import Tokenizer
 from zoo.plugins.data.markers import spelt_remarks
+from zoo.plugins.data.turns import described
 
 
 def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample:
@@ -15,7 +16,7 @@ def text_sample(record: Record, tokenizer: Tokenizer, *, loss_on: str) -> Sample
     """
     text = record.fields.get("text")
     if not isinstance(text, str):
-        raise DataError(f"{record.where}: column text must be a string, not {type(text).__name__}")
+        raise DataError(f"{record.where}: column text must be a string, not {described(text)}")
     if not text.strip():
         return Sample([], [])
     try:

@@ -57,13 +57,22 @@ def described(value: Any) -> str:
     """Return what a value is, for an error."""
     if isinstance(value, Mapping):
         return f"an object with {', '.join(sorted(map(str, value))[:5]) or 'nothing'}"
-    return "null" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return "a number"
+    return "an empty list" if value == [] else "a string" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def call_of(tool_call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return name and arguments of a tool call, which most writers put one level down."""
     function = tool_call.get("function")
     return function if isinstance(function, Mapping) else tool_call
+
+
+def arguments_of(message: Message) -> list[Any]:
+    """Return the arguments of each tool call of a message."""
+    return [call_of(call).get("arguments") for call in message.get("tool_calls", ())]
 
 
 def _yes_or_no(value: Any, what: str) -> bool:
@@ -92,7 +101,8 @@ def _message(value: Any, column: str, where: str) -> Message:
     if isinstance(content, list):
         message["content"] = [_part(part, number, where) for number, part in enumerate(content, start=1)]
     elif not isinstance(content, str) and not (calls and content is None):
-        raise DataError(f"{where} of column {column} needs a content that is text, and is {described(value)}")
+        found = f"; it is {described(content)}" if "content" in value else f", and is {described(value)}"
+        raise DataError(f"{where} of column {column} needs a content that is text{found}")
     _check_reasoning(message, where)
     return message
 
@@ -123,6 +133,8 @@ def _part(value: Any, number: int, where: str) -> dict[str, Any]:
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
     kind = f"of type {part['type']!r}" if isinstance(part.get("type"), str) else described(value)
+    if part.get("type") == "text":
+        kind += f" and its text is {described(part.get('text'))}"
     raise DataError(
         f'{where}: part {number} of its content is {kind}; only text is trained on: write it as {{"type": "text", '
         '"text": ...}, or take the sample out'
