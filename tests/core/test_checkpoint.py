@@ -110,6 +110,7 @@ FLAWS = {
     "a file of a rank is gone": (lambda path: (path / "state/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a file was cut": (lambda path: truncate(path / "state/__0_0.distcp"), "has 5 bytes and not 19"),
     "a file came": (lambda path: (path / "state/__1_0.distcp").touch(), "__1_0.distcp was not there"),
+    "a template came": (lambda path: (path / "hub/chat_template.jinja").touch(), "chat_template.jinja was not there"),
     "checksums changed": (lambda path: flip(path / NAME, 40), f"{NAME} is damaged"),
     "checksums are half": (lambda path: truncate(path / NAME, 60), f"{NAME} is damaged"),
     "checksums are empty": (lambda path: truncate(path / NAME, 0), f"{NAME} is damaged"),
@@ -147,6 +148,18 @@ def test_a_folder_that_is_not_whole_is_no_checkpoint_and_costs_no_other(checkpoi
     (note,) = checkpoints.make_way(2)
     assert "step-10 is damaged and is now step-10.aside" in note
     assert finished.resume_point(run, "auto") == checkpoints.path(2)
+
+
+LEFT_BY_OTHERS = ".DS_Store", "state/.nfs000a", "state/._.metadata", "state/.___0_0.distcp", "hub/config.json~", "a/b"
+
+
+@pytest.mark.parametrize("name", LEFT_BY_OTHERS)
+def test_files_that_are_never_read_may_come_and_go(checkpoints, name):
+    """Finder, NFS, AppleDouble, editors: resuming must not cost the steps since the checkpoint before."""
+    newest = checkpoints.path(10)
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).touch()
+    assert finished.find(checkpoints.run) == finished.resume_point(checkpoints.run, "auto") == newest
 
 
 @pytest.mark.parametrize("name", ["step-", "step-07", "step-1x", "step-\u0663", "step--1", "step-10.aside", "Step-12"])

@@ -7,6 +7,7 @@ passed over in silence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.checksums import NAME as CHECKSUMS, Checksums
+from zoo.core.companions import companion_names
 from zoo.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def flaw(path: Path) -> str | None:
         named = _step_of(path.resolve())
         if named is not None and step != named:
             return f"{path / PROGRESS} is of step {step}"
-        return _flaw_of_an_old_one(path) if checksums is None else checksums.misfit(_files(path))
+        return _flaw_of_an_old_one(path) if checksums is None else checksums.misfit(_read_where_there(path))
     except DataError as error:
         return str(error)
     except OSError as error:
@@ -223,15 +225,12 @@ def _step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _files(path: Path, depth: int = 4) -> set[str]:
-    """Return names of all files below a folder; links to folders are followed, for a disk may be behind one."""
-    found = set()
-    for entry in os.scandir(path):
-        if depth and entry.is_dir():
-            found |= {f"{entry.name}/{name}" for name in _files(Path(entry.path), depth - 1)}
-        else:
-            found.add(entry.name)
-    return found
+def _read_where_there(path: Path) -> list[str]:
+    """Return names of the files in a checkpoint that are of a kind that is read; what else is there changes nothing."""
+    states = [f"state/{file.name}" for file in (path / "state").glob("__*.distcp")]
+    with contextlib.suppress(OSError):
+        return states + [f"hub/{name}" for name in companion_names(path / "hub")]
+    return states
 
 
 def _threads() -> int:
