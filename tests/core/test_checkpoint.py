@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 from zoo.core import finished
-from zoo.core.checkpoint import Checkpoints
+from zoo.core.checkpoint import Checkpoints, _unloadable
 from zoo.core.checksums import NAME, Checksums, sum_of_file
 from zoo.core.errors import DataError, UsageError
 
@@ -184,6 +185,21 @@ def test_one_changed_byte_of_the_newest_names_the_newest_that_is_intact(checkpoi
     for flag in ("", "--resume "):
         said = str(finished.damaged(checkpoints.path(10), "why", flag=flag))
         assert "no earlier checkpoint of the run is intact" in said
+
+
+def test_what_is_advised_can_be_typed_whatever_the_run_is_called(tmp_path):
+    """By the rules of the shell, as shlex splits."""
+    made = Checkpoints(tmp_path / "Tom's first run", keep=1)
+    for step in (1, 2):
+        written(made.path(step), step)
+    flip(made.path(2) / "hub/config.json", 0)
+    line = str(finished.damaged(made.path(2), "why", flag="--resume "))
+    assert shlex.split(line.partition(": give ")[2]) == ["--resume", str(made.path(1))]
+    line = str(finished.changed_directory(made.root, "why"))
+    assert shlex.split(line.rpartition(": ")[2]) == ["rm", str(made.root / NAME)]
+    line = str(_unloadable(made.root, "why"))
+    typed = line[line.index("mv ") : line.index(" goes back")]
+    assert shlex.split(typed) == ["mv", str(made.root), f"{made.root}.aside"]
 
 
 def test_an_older_checkpoint_is_resumed_only_where_all_newer_ones_are_damaged(checkpoints):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.checksums import NAME as CHECKSUMS, Checksums
@@ -166,7 +167,7 @@ def damaged(path: Path, reason: str, *, flag: str = "") -> DataError:
     intact = next((number for number in reversed(earlier) if damage(root / f"step-{number}") is None), None)
     if intact is not None:
         there = path.parent / f"step-{intact}" if _step_of(path) is not None else root / f"step-{intact}"
-        way_on = f"the newest intact checkpoint is step-{intact}: give {flag}{there}"
+        way_on = f"the newest intact checkpoint is step-{intact}: give {flag}{quote(str(there))}"
     elif flag:
         way_on = "no earlier checkpoint of the run is intact; give another --out to start afresh"
     else:
@@ -194,7 +195,7 @@ def changed_directory(path: Path, reason: str) -> DataError:
     """Return the error about a directory that an import or export wrote and that is another now."""
     return DataError(
         f"{reason}, so it is not what zoo wrote there; import or export it again, or, if somebody changed it on "
-        f"purpose, go on without checksums: rm {path / CHECKSUMS}"
+        f"purpose, go on without checksums: rm {quote(str(path / CHECKSUMS))}"
     )
 
 
