@@ -107,6 +107,10 @@ FLAWS = {
     "progress.json is no text": (lambda path: (path / "progress.json").write_bytes(b"\xff"), "cannot be read"),
     "progress.json names no step": (lambda path: (path / "progress.json").write_text("[]"), "names no step"),
     "it is of another step": (lambda path: [shutil.rmtree(path), written(path, 11)], "progress.json is of step 11"),
+    "progress.json is a pipe": (
+        lambda path: [(path / "progress.json").unlink(), os.mkfifo(path / "progress.json")],
+        "progress.json cannot be read: it is no regular file",
+    ),
     "metadata is gone": (lambda path: (path / "state/.metadata").unlink(), "state/.metadata is missing"),
     "a file of a rank is gone": (lambda path: (path / "state/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a file was cut": (lambda path: truncate(path / "state/__0_0.distcp"), "has 5 bytes and not 19"),
@@ -241,6 +245,19 @@ def test_a_state_behind_a_link_to_another_disk_is_whole(checkpoints, tmp_path):
     (checkpoints.path(10) / "state").rename(tmp_path / "elsewhere")
     (checkpoints.path(10) / "state").symlink_to(tmp_path / "elsewhere")
     assert finished.damage(checkpoints.path(10)) is None
+
+
+def test_a_step_behind_a_link_is_one_of_its_run(checkpoints, tmp_path):
+    """Its name is that of the link, and the steps before it are its neighbours in the run."""
+    newest = checkpoints.path(10)
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert finished.is_done(newest, checkpoints.run, 10)
+    flip(newest / "state/__0_0.distcp")
+    assert str(finished.damaged(newest, "why")).endswith(f"give {checkpoints.path(2)}")
+    checkpoints.path(11).symlink_to("step-2")
+    with pytest.raises(DataError, match=r"step-11 is damaged: .*/progress.json is of step 2; .* is step-2: give "):
+        finished.resume_point(checkpoints.run, "auto")
 
 
 def test_a_directory_of_an_export_is_no_checkpoint_of_a_run(tmp_path):
