@@ -199,7 +199,7 @@ def test_a_run_of_an_older_zoo_is_read_and_a_line_says_that_it_was_not_compared(
         file.unlink()
     capfd.readouterr()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
-    assert "step-6 has no checksums, so it was read unchecked" in capfd.readouterr().err
+    assert "step-6, which has no checksums, so it was read unchecked" in capfd.readouterr().err
     assert (tmp_path / "out" / NAME).is_file()
     with pytest.warns(UserWarning, match="has no checksums, so it is read unchecked"):
         zoo.load(run)

@@ -60,7 +60,9 @@ def test_export_of_a_run(zoo, run, checkpoint):  # noqa: F811
 
 
 def test_export_of_one_checkpoint_and_of_a_directory(zoo, run, checkpoint, tmp_path):  # noqa: F811
-    assert zoo("export", run / "checkpoints/step-2")[0] == 0
+    status, _, said = zoo("export", run / "checkpoints/step-2")
+    assert status == 0
+    assert f"; from {run}/checkpoints/step-2" in said
     assert (run / "hf/config.json").exists()
     assert zoo("export", checkpoint, tmp_path / "small", "--dtype", "bfloat16")[0] == 0
     assert {t.dtype for t in load_file(tmp_path / "small/model.safetensors").values()} == {torch.bfloat16}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 from zoo.core import finished
-from zoo.core.checkpoint import Checkpoints
+from zoo.core.checkpoint import Checkpoints, _unloadable
 from zoo.core.checksums import NAME, Checksums, sum_of_file
 from zoo.core.errors import DataError, UsageError
 
@@ -106,10 +107,15 @@ FLAWS = {
     "progress.json is no text": (lambda path: (path / "progress.json").write_bytes(b"\xff"), "cannot be read"),
     "progress.json names no step": (lambda path: (path / "progress.json").write_text("[]"), "names no step"),
     "it is of another step": (lambda path: [shutil.rmtree(path), written(path, 11)], "progress.json is of step 11"),
+    "progress.json is a pipe": (
+        lambda path: [(path / "progress.json").unlink(), os.mkfifo(path / "progress.json")],
+        "progress.json cannot be read: it is no regular file",
+    ),
     "metadata is gone": (lambda path: (path / "state/.metadata").unlink(), "state/.metadata is missing"),
     "a file of a rank is gone": (lambda path: (path / "state/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a file was cut": (lambda path: truncate(path / "state/__0_0.distcp"), "has 5 bytes and not 19"),
     "a file came": (lambda path: (path / "state/__1_0.distcp").touch(), "__1_0.distcp was not there"),
+    "a template came": (lambda path: (path / "hub/chat_template.jinja").touch(), "chat_template.jinja was not there"),
     "checksums changed": (lambda path: flip(path / NAME, 40), f"{NAME} is damaged"),
     "checksums are half": (lambda path: truncate(path / NAME, 60), f"{NAME} is damaged"),
     "checksums are empty": (lambda path: truncate(path / NAME, 0), f"{NAME} is damaged"),
@@ -149,6 +155,18 @@ def test_a_folder_that_is_not_whole_is_no_checkpoint_and_costs_no_other(checkpoi
     assert finished.resume_point(run, "auto") == checkpoints.path(2)
 
 
+LEFT_BY_OTHERS = ".DS_Store", "state/.nfs000a", "state/._.metadata", "state/.___0_0.distcp", "hub/config.json~", "a/b"
+
+
+@pytest.mark.parametrize("name", LEFT_BY_OTHERS)
+def test_files_that_are_never_read_may_come_and_go(checkpoints, name):
+    """Finder, NFS, AppleDouble, editors: resuming must not cost the steps since the checkpoint before."""
+    newest = checkpoints.path(10)
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).touch()
+    assert finished.find(checkpoints.run) == finished.resume_point(checkpoints.run, "auto") == newest
+
+
 @pytest.mark.parametrize("name", ["step-", "step-07", "step-1x", "step-\u0663", "step--1", "step-10.aside", "Step-12"])
 def test_only_a_plain_number_names_a_step(checkpoints, name):
     written(checkpoints.root / name, 12)
@@ -171,6 +189,21 @@ def test_one_changed_byte_of_the_newest_names_the_newest_that_is_intact(checkpoi
     for flag in ("", "--resume "):
         said = str(finished.damaged(checkpoints.path(10), "why", flag=flag))
         assert "no earlier checkpoint of the run is intact" in said
+
+
+def test_what_is_advised_can_be_typed_whatever_the_run_is_called(tmp_path):
+    """By the rules of the shell, as shlex splits."""
+    made = Checkpoints(tmp_path / "Tom's first run", keep=1)
+    for step in (1, 2):
+        written(made.path(step), step)
+    flip(made.path(2) / "hub/config.json", 0)
+    line = str(finished.damaged(made.path(2), "why", flag="--resume "))
+    assert shlex.split(line.partition(": give ")[2]) == ["--resume", str(made.path(1))]
+    line = str(finished.changed_directory(made.root, "why"))
+    assert shlex.split(line.rpartition(": ")[2]) == ["rm", str(made.root / NAME)]
+    line = str(_unloadable(made.root, "why"))
+    typed = line[line.index("mv ") : line.index(" goes back")]
+    assert shlex.split(typed) == ["mv", str(made.root), f"{made.root}.aside"]
 
 
 def test_an_older_checkpoint_is_resumed_only_where_all_newer_ones_are_damaged(checkpoints):
@@ -212,6 +245,19 @@ def test_a_state_behind_a_link_to_another_disk_is_whole(checkpoints, tmp_path):
     (checkpoints.path(10) / "state").rename(tmp_path / "elsewhere")
     (checkpoints.path(10) / "state").symlink_to(tmp_path / "elsewhere")
     assert finished.damage(checkpoints.path(10)) is None
+
+
+def test_a_step_behind_a_link_is_one_of_its_run(checkpoints, tmp_path):
+    """Its name is that of the link, and the steps before it are its neighbours in the run."""
+    newest = checkpoints.path(10)
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert finished.is_done(newest, checkpoints.run, 10)
+    flip(newest / "state/__0_0.distcp")
+    assert str(finished.damaged(newest, "why")).endswith(f"give {checkpoints.path(2)}")
+    checkpoints.path(11).symlink_to("step-2")
+    with pytest.raises(DataError, match=r"step-11 is damaged: .*/progress.json is of step 2; .* is step-2: give "):
+        finished.resume_point(checkpoints.run, "auto")
 
 
 def test_a_directory_of_an_export_is_no_checkpoint_of_a_run(tmp_path):

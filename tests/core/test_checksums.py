@@ -125,8 +125,11 @@ def test_a_length_that_no_file_has_takes_no_memory(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_file_does_not_hang(tmp_path, kind):
-    os.mkfifo(tmp_path / NAME) if kind == "pipe" else (tmp_path / NAME).mkdir()
+KINDS = {"pipe": os.mkfifo, "folder": os.mkdir, "link to nowhere": lambda path: path.symlink_to("gone")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_does_not_hang_and_is_not_passed_over(tmp_path, kind):
+    KINDS[kind](tmp_path / NAME)
     with pytest.raises(DataError, match="cannot be read"):
         Checksums.read(tmp_path)

@@ -61,7 +61,7 @@ CHANGED = [
     (("--data-format", "completion"), "data-format was by columns", 5),
     (("--overlong", "truncate"), "overlong was by format", 5),
     (("--loss-on", "all"), "loss-on was assistant", 5),
-    (("--chat-template", "other.jinja"), "tokenizer was", 5),
+    (("--chat-template", "other.jinja"), "tokenizer (its chat template too; ", 5),
     (("--from", "other"), "--from", 2),
     (("--from", "scratch"), "--from", 2),
     (("--from", "deeper", "moved"), "num_hidden_layers 2 where this job has 3", 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -56,4 +57,4 @@ def _default_out(source: Path, form: str) -> Path:
     for run in (source, source.absolute().parent.parent):
         if (run / "checkpoints").is_dir():
             return run / form
-    raise UsageError(f"{source} is no run, so say where to write: zoo export {source} --to {form} OUT")
+    raise UsageError(f"{source} is no run, so say where to write: zoo export {quote(str(source))} --to {form} OUT")

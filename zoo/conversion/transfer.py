@@ -75,7 +75,7 @@ def transfer(
         shard_bytes=parse_size(shard_size),
         threads=threads,
     )
-    return _report(out, time.perf_counter() - started) + unchecked(opened.checkpoint)
+    return _report(out, time.perf_counter() - started) + _origin(opened.checkpoint)
 
 
 def written_dtype(opened: Opened, asked: str | None) -> str | None:
@@ -98,10 +98,12 @@ def written_dtype(opened: Opened, asked: str | None) -> str | None:
     return _WIDEST if opened.checkpoint.own_names and _TOO_WIDE in dtypes.values() else None
 
 
-def unchecked(checkpoint: HubCheckpoint) -> str:
-    """What to add of a run whose checkpoint could not be compared with anything."""
-    none = checkpoint.own_names and checkpoint.checksums is None
-    return f"; {checkpoint.path.parent} has no checksums, so it was read unchecked" if none else ""
+def _origin(checkpoint: HubCheckpoint) -> str:
+    """What to add of a run: which checkpoint it was, and whether it could be compared with anything."""
+    if not checkpoint.own_names:
+        return ""
+    unchecked = ", which has no checksums, so it was read unchecked" if checkpoint.checksums is None else ""
+    return f"; from {checkpoint.path.parent}{unchecked}"
 
 
 def _report(out: Path, seconds: float) -> str:

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -270,9 +271,10 @@ def _unloadable(path: Path, reason: str) -> DataError:
     """The error about a state that torch does not load although nothing is known to be wrong with its files."""
     if (path / CHECKSUMS).exists():
         return DataError(f"{path} cannot be resumed from: {reason}. It was saved for another model; give another --out")
+    away = shlex.join(["mv", str(path), f"{path}.aside"])
     return DataError(
         f"{path} cannot be resumed from: {reason}. It was saved for another model, or is damaged, for it has no "
-        f"checksums; mv {path} {path}.aside goes back to the checkpoint before it, another --out starts afresh"
+        f"checksums; {away} goes back to the checkpoint before it, another --out starts afresh"
     )
 
 

@@ -81,9 +81,10 @@ class Checksums:
             with _opened(file) as descriptor:
                 size = os.fstat(descriptor).st_size
                 content = os.pread(descriptor, _MAX_BYTES + 1, 0)
-        except FileNotFoundError:
-            return None
         except OSError as error:
+            # A link that leads nowhere was checksums once.
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(file):
+                return None
             raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
         if len(content) > _MAX_BYTES or len(content) != size:
             raise DataError(f"{file} is damaged: {size} bytes, and {_MAX_BYTES} are allowed")
@@ -101,7 +102,10 @@ class Checksums:
             os.fsync(file.fileno())
 
     def misfit(self, there: Collection[str]) -> str | None:
-        """Return what is wrong with the names and lengths of the files, which are `there`; None if nothing is."""
+        """Return what is wrong with the names and lengths of the files; None if nothing is.
+
+        `there` are names of files of which none may be new.
+        """
         for name, total in self.sums.items():
             file = self.root / name
             try:

@@ -7,13 +7,16 @@ passed over in silence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.checksums import NAME as CHECKSUMS, Checksums
+from zoo.core.companions import companion_names
 from zoo.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -36,10 +39,10 @@ def flaw(path: Path) -> str | None:
     try:
         checksums = Checksums.read(path)
         step = read_progress(path)["step"]
-        named = _step_of(path.resolve())
+        named = _step_of(_placed(path))
         if named is not None and step != named:
             return f"{path / PROGRESS} is of step {step}"
-        return _flaw_of_an_old_one(path) if checksums is None else checksums.misfit(_files(path))
+        return _flaw_of_an_old_one(path) if checksums is None else checksums.misfit(_read_where_there(path))
     except DataError as error:
         return str(error)
     except OSError as error:
@@ -126,7 +129,7 @@ def resume_after_restart(run: Path, resume: str) -> str:
 
 def is_done(saved: Path | None, run: Path, steps: int) -> bool:
     """Whether a run that would go on from `saved` has been trained and saved to that many steps."""
-    own = saved is not None and saved.resolve().parent == (run / "checkpoints").resolve()
+    own = saved is not None and _placed(saved).parent.resolve() == (run / "checkpoints").resolve()
     return own and saved is not None and int(read_progress(saved)["step"]) >= steps
 
 
@@ -134,6 +137,9 @@ def read_progress(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself. Raise DataError."""
     file = path / PROGRESS
     try:
+        # A pipe in its place must not hang.
+        if file.exists() and not file.is_file():
+            raise OSError("it is no regular file")
         progress = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{file} is missing") from None
@@ -159,12 +165,11 @@ def damaged(path: Path, reason: str, *, flag: str = "") -> DataError:
 
     `flag` is what stands before its path on the command line.
     """
-    root, step = path.resolve().parent, _step_of(path.resolve())
+    root, step = _placed(path).parent, _step_of(_placed(path))
     earlier = [number for number in claimed_steps(root) if step is not None and number < step]
     intact = next((number for number in reversed(earlier) if damage(root / f"step-{number}") is None), None)
     if intact is not None:
-        there = path.parent / f"step-{intact}" if _step_of(path) is not None else root / f"step-{intact}"
-        way_on = f"the newest intact checkpoint is step-{intact}: give {flag}{there}"
+        way_on = f"the newest intact checkpoint is step-{intact}: give {flag}{quote(str(root / f'step-{intact}'))}"
     elif flag:
         way_on = "no earlier checkpoint of the run is intact; give another --out to start afresh"
     else:
@@ -192,7 +197,7 @@ def changed_directory(path: Path, reason: str) -> DataError:
     """Return the error about a directory that an import or export wrote and that is another now."""
     return DataError(
         f"{reason}, so it is not what zoo wrote there; import or export it again, or, if somebody changed it on "
-        f"purpose, go on without checksums: rm {path / CHECKSUMS}"
+        f"purpose, go on without checksums: rm {quote(str(path / CHECKSUMS))}"
     )
 
 
@@ -223,15 +228,17 @@ def _step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _files(path: Path, depth: int = 4) -> set[str]:
-    """Return names of all files below a folder; links to folders are followed, for a disk may be behind one."""
-    found = set()
-    for entry in os.scandir(path):
-        if depth and entry.is_dir():
-            found |= {f"{entry.name}/{name}" for name in _files(Path(entry.path), depth - 1)}
-        else:
-            found.add(entry.name)
-    return found
+def _placed(path: Path) -> Path:
+    """Return a checkpoint's place in its run: where `latest` leads, but not where a step on another disk does."""
+    return path if _step_of(path) is not None else path.resolve()
+
+
+def _read_where_there(path: Path) -> list[str]:
+    """Return names of the files in a checkpoint that are of a kind that is read; what else is there changes nothing."""
+    states = [f"state/{file.name}" for file in (path / "state").glob("__*.distcp")]
+    with contextlib.suppress(OSError):
+        return states + [f"hub/{name}" for name in companion_names(path / "hub")]
+    return states
 
 
 def _threads() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from zoo.core.errors import UsageError
@@ -66,7 +67,7 @@ def _source_differs(progress: Mapping[str, Any], job: Job) -> Iterator[tuple[str
     was = progress["from"]
     moved = was is not None and Path(was).is_absolute() and not Path(was).exists()
     if not moved:
-        hint = f"give --from {was}" if was is not None else "leave out --from"
+        hint = f"give --from {quote(was)}" if was is not None else "leave out --from"
         yield f"began from {was or 'the weights of its size'} and goes on with its own weights, not with --from's", hint
 
 

@@ -183,7 +183,10 @@ def open_source(registry: Registry, data: str) -> DataSource:
 
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    changed = "; ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
+    kept = " (its chat template too; the run's own are in hub/ of its checkpoints)"
+    changed = "; ".join(
+        f"{name}{kept if name == 'tokenizer' else ''} was {saved.get(name)}, is {now.get(name)}" for name in names
+    )
     if changed:
         raise DataError(
             f"the saved data position does not hold any more: {changed}; "

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from shlex import quote
 from typing import IO
 
 import torch.distributed as dist
@@ -60,5 +61,5 @@ def _lock_file(run: Path) -> IO[str]:
     except OSError as error:
         raise UsageError(
             f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
-            f"(chmod -R u+w {run}), or give another --out"
+            f"(chmod -R u+w {quote(str(run))}), or give another --out"
         ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from zoo.core.contracts import Converter, HubCheckpoint, ModelEntry, ModelSpec
@@ -104,7 +105,7 @@ def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint
     family = registry.match_checkpoint(checkpoint.config)
     if family != entry.name:
         kind = checkpoint.config.get("model_type")
-        other = f"zoo finetune {family} --from {source}" if family else "no family here knows it: zoo models"
+        other = f"zoo finetune {family} --from {quote(source)}" if family else "no family here knows it: zoo models"
         raise UsageError(f"{source} is not a {entry.name} checkpoint, its model_type is '{kind}'; {other}")
     return checkpoint
 

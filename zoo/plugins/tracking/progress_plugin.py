@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from zoo.core.hookspecs import hookimpl
@@ -66,7 +67,7 @@ class Progress:
     @hookimpl
     def zoo_run_end(self, run: RunInfo, status: str) -> None:
         if status == "done":
-            self._print(f"done    {run.path}\nnext    zoo export {run.path} --to hf")
+            self._print(f"done    {run.path}\nnext    zoo export {quote(str(run.path))} --to hf")
 
     @hookimpl
     def zoo_run_error(self, run: RunInfo, error: BaseException) -> None:
