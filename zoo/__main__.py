@@ -8,13 +8,14 @@ import signal
 import sys
 
 from zoo.core import signals
-from zoo.core.lasting_output import outlive_readers
+from zoo.core.lasting_output import open_closed_streams, outlive_readers
 from zoo.core.launcher_env import said_rank
 from zoo.core.watchdog import DEFAULT_TIMEOUT_S
 
 
 def main() -> int:
     """Run this process's command line and return its exit status. A run hears signals before anything is imported."""
+    open_closed_streams()
     if "finetune" in sys.argv[1:]:
         _prepare_for_a_run()
     try:

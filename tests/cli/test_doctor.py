@@ -149,6 +149,20 @@ def test_gloo_that_does_not_start_is_fatal(monkeypatch):
     assert "Unable to resolve hostname" in finding.trouble
 
 
+@pytest.mark.parametrize(("chosen", "fix"), [(None, "ip link set lo up"), ("eth9", "unset GLOO_SOCKET_IFNAME")])
+def test_gloo_without_its_interface_says_what_would_change_that(chosen, fix, monkeypatch):
+    """What zoo sets itself, the loopback's name, is no advice; a name that somebody chose and that is not there is."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if chosen:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"Unable to find address for: {chosen or 'lo'}")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    assert checkup.gloo(torch).fix.startswith(fix)
+
+
 @pytest.mark.parametrize(
     ("answer", "level", "said"),
     [

@@ -7,7 +7,7 @@ import yaml
 
 from zoo.core.errors import UsageError
 from zoo.core.flags import FLAGS, from_flags
-from zoo.core.job import Job, parse_assignments, read_file
+from zoo.core.job import Job, read_file
 
 
 def job(**flags):
@@ -46,6 +46,25 @@ def test_settings_come_back_the_same_through_yaml():
     assert again.settings() == made.settings()
     assert again.log.track == ("tensorboard",)
     assert again.model.overrides == {"rope_theta": 1e6}
+
+
+@pytest.mark.parametrize("typed", ["20261126_01", "007", "1e5", "1.50", "no", "0x1f", "2026-11-26", "1:30", "nan"])
+def test_a_text_is_the_text_that_was_typed_whatever_yaml_makes_of_it(typed, tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(f"checkpoint: {{out: {typed}}}\nlog: {{track: {typed}}}\n")
+    said = ({"c": str(file)}, {"set": (f"checkpoint.out={typed}", f"log.track={typed}")}, {"out": typed})
+    for made in (job(seq="4k", **flags) for flags in said):
+        assert made.checkpoint.out == typed
+        assert Job.from_plain(yaml.safe_load(yaml.safe_dump(made.settings()))).checkpoint.out == typed
+        assert made.log.track in ((typed,), ())
+
+
+def test_a_quoted_text_has_no_quotes_and_null_is_none(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("checkpoint: {out: '007'}\nmodel: {size: null, rope_theta: 1e6}\n")
+    made = job(c=str(file), set=("data.path='no'", "data.format=null"))
+    assert (made.checkpoint.out, made.model.size, made.data.path, made.data.format) == ("007", None, "no", None)
+    assert made.model.overrides == {"rope_theta": 1e6}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +106,6 @@ def test_a_file_that_is_not_sections_is_refused(tmp_path):
 
 
 def test_numbers_may_be_written_as_people_write_them():
-    assert parse_assignments(("a.b=1e-4", "a.c=x", "a.d=[1, 2]"))["a.b"][0] == 1e-4
+    assert job(set=("optim.lr=1e-4", "model.rope_theta=1e6")).model.overrides == {"rope_theta": 1e6}
     assert job(set=("optim.lr=1e-4",)).optim.lr == 1e-4
     assert job(seq="1M").data.seq == 1_048_576

@@ -45,6 +45,14 @@ def refused(*args, capsys):
     return err
 
 
+def test_layers_that_were_said_on_the_command_line_are_not_blamed_on_the_file(capsys):
+    said = ("plan", "llama3", "--size", "tiny", "--seq", "1k", "--set", "model.num_hidden_layers=1000")
+    assert main([*said]) == 5
+    err = capsys.readouterr().err
+    assert err.startswith("Error: num_hidden_layers is 1000, and ")
+    assert "--set" in err
+
+
 def test_every_number_has_a_span_that_holds_its_default():
     assert len(NUMBERS) >= 27
     for key, target in NUMBERS.items():
@@ -82,7 +90,7 @@ def test_what_is_no_number_is_a_usage_error(key, value):
         (("--set", "model.num_hidden_layers=1.5"), ("model", "num_hidden_layers", "integer")),
         (("--set", "model.rope_theta=.inf"), ("model", "rope_theta")),
         (("--set", "model.vocab_size=-5"), ("model", "vocab_size")),
-        (("--set", "log.track=5"), ("log.track", "names")),
+        (("--set", "log.track={a: b}"), ("log.track", "names")),
         (("--set", "data.path=[a, b]"), ("data.path", "text")),
     ],
     ids=lambda value: " ".join(map(str, value))[:40],

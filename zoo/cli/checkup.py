@@ -223,7 +223,9 @@ def gloo(torch: Any) -> Finding:
             torch.distributed.destroy_process_group()
     except Exception as error:
         trouble = f"ranks cannot talk to each other: {one_line(error)}"
-        return Finding("gloo", "does not start", "fail", trouble, "export GLOO_SOCKET_IFNAME=lo (one machine)")
+        chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+        fix = "unset GLOO_SOCKET_IFNAME (one machine)" if chosen else "ip link set lo up"
+        return Finding("gloo", "does not start", "fail", trouble, fix)
     return Finding("gloo", "works")
 
 

@@ -22,6 +22,7 @@ from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import checked_book
 from zoo.core.job import Job
+from zoo.core.lasting_output import open_closed_streams
 from zoo.core.launch import TRAINING, WorkerDied, launch
 from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
@@ -86,6 +87,7 @@ def finetune(model: str | None = None, **flags: Any) -> Path:
 
     Raises what `plan` raises, SavedOnSignal, NumericsError, and WorkerDied if a rank was lost.
     """
+    open_closed_streams()
     return run(Plugins.load(), model, flags)
 
 

@@ -75,8 +75,8 @@ def _check_layers(checkpoint: HubCheckpoint, config: Any) -> None:
     tensors, file = len(checkpoint.tensors.names()), checkpoint.path / "config.json"
     if layers > tensors:
         raise DataError(
-            f"{file}: num_hidden_layers is {layers}, and there are only {tensors} tensors in all; "
-            f"correct it or fetch the weights again"
+            f"num_hidden_layers is {layers}, and {checkpoint.path} has only {tensors} tensors in all; correct it, "
+            f"in config.json or in --set, or fetch the weights again"
         )
     # Stacked, a few tensors could ask for a million of them one by one, three to an expert.
     if layers * experts > MAX_TENSORS // 3:

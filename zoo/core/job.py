@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -193,7 +194,7 @@ class Job:
             section, _, leaf = key.partition(".")
             target = _field(key, where)
             if target is None:
-                overrides[leaf] = value
+                overrides[leaf] = _number_or(value)
             else:
                 sections.setdefault(section, {})[target.name] = _coerce(value, target, f"{key} ({where})")
         if overrides:
@@ -234,14 +235,19 @@ class Job:
 def read_file(path: Path) -> Settings:
     """Settings of a YAML file, each with its place. Raises UsageError."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loaded, typed = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise UsageError(f"-c {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"-c {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
         raise UsageError(f"-c {path}: expected sections of keys, as in a run's config.yaml")
-    return {f"{section}.{key}": (value, str(path)) for section, part in loaded.items() for key, value in part.items()}
+    return {
+        (name := f"{section}.{key}"): (_as_typed(name, value, typed[section].get(key)), str(path))
+        for section, part in loaded.items()
+        for key, value in part.items()
+    }
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> Settings:
@@ -252,10 +258,29 @@ def parse_assignments(assignments: tuple[str, ...]) -> Settings:
         if not equals or "." not in key:
             raise UsageError(f"--set {text}: write --set section.key=value, for example --set optim.lr=1e-4")
         try:
-            result[key.strip()] = (_number_or(yaml.safe_load(value)), f"--set {text}")
+            read, typed = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
         except yaml.YAMLError:
             raise UsageError(f"--set {text}: '{value}' is not a YAML value") from None
+        name = key.strip()
+        result[name] = (_as_typed(name, read, typed), f"--set {text}")
     return result
+
+
+def _as_typed(key: str, value: Any, typed: Any) -> Any:
+    """A text as it was typed: to YAML a directory 20261126_01 is a number without the underscore, and `no` is false."""
+    return value if value is None or typed is None or key not in _texts() else typed
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    """Settings that are texts."""
+    hints = {section: typing.get_type_hints(kind) for section, kind in typing.get_type_hints(Job).items()}
+    return frozenset(
+        f"{section.name}.{_key(f)}"
+        for section in fields(Job)
+        for f in fields(_section_type(section.name))
+        if str in (hints[section.name][f.name], *typing.get_args(hints[section.name][f.name]))
+    )
 
 
 def _number_or(value: Any) -> Any:

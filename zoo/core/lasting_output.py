@@ -41,6 +41,22 @@ class _Lasting:
         os.close(nowhere)
 
 
+def open_closed_streams() -> None:
+    """Give a process that was started with stdin, stdout or stderr closed the null device in its place.
+
+    Otherwise Python has no such stream, and the next file or socket gets the number on which others write.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            if descriptor != nowhere:
+                os.dup2(nowhere, descriptor)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115  (as long as the process)
+    if nowhere > 2:
+        os.close(nowhere)
+
+
 def outlive_readers() -> None:
     """Make stdout and stderr of this process such streams."""
     sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
