@@ -68,7 +68,11 @@ def test_another_model_is_an_error_and_no_abort(tmp_path):
         (("--from", "/nowhere"), 2, f"rank 1 {HOST}: /nowhere does not exist"),
         (("--data", "/nowhere.jsonl"), 5, f"rank 1 {HOST}: --data /nowhere.jsonl"),
         (("--set", "optim.rl=1"), 2, f"rank 1 {HOST}: unknown key 'optim.rl'"),
-        (("--set", "layout.timeout=-1"), 2, f"rank 1 {HOST}: layout.timeout is -1"),
+        (
+            ("--set", "layout.timeout=-1"),
+            2,
+            f"rank 1 {HOST}: layout.timeout (--set layout.timeout=-1): -1.0 is out of range",
+        ),
     ],
 )
 def test_what_one_rank_must_refuse_all_refuse(tmp_path, words, status, says):

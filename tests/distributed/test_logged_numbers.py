@@ -16,7 +16,7 @@ from tests.core.test_feed import Stream
 from tests.distributed import ranks
 from tests.distributed.pooled_command import train
 from tests.layout_commands import MODELS, Case, Corpus, furthest
-from zoo.core import train as training
+from zoo.core import run as training
 from zoo.core.batch import Row
 from zoo.core.contracts import IGNORE, Setup
 from zoo.core.feed import Feed, reads_data

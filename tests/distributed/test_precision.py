@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core import train as train_module
+from zoo.core import run as run_module
 from zoo.core.contracts import AttentionProblem
 from zoo.core.determinism import determinism
 from zoo.plugins.attention.sdpa_cuda import Cudnn
@@ -119,9 +119,9 @@ def test_the_mode_is_on_inside_and_off_again_after(monkeypatch):
 def test_a_run_computes_as_it_was_asked_to(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seen = []
-    step = train_module.train_step
+    step = run_module.train_step
     monkeypatch.setattr(
-        train_module,
+        run_module,
         "train_step",
         lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args),
     )
