@@ -7,7 +7,8 @@ import yaml
 
 from zoo.core.errors import UsageError
 from zoo.core.flags import FLAGS, from_flags
-from zoo.core.job import Job, read_file
+from zoo.core.job import Job
+from zoo.core.written import read_file
 
 
 def job(**flags):

@@ -17,7 +17,7 @@ from zoo.core.contracts import BlockShape, LayoutRequest, PipelineSetup
 from zoo.core.errors import FitError, LayoutError, UsageError
 from zoo.core.flags import FLAGS
 from zoo.core.inventory import block_shapes, meta_model, model_values
-from zoo.core.job import Job, parse_assignments
+from zoo.core.job import Job
 from zoo.core.layout_check import parts_whole
 from zoo.core.machine import Machine
 from zoo.core.mesh import AXES
@@ -25,6 +25,7 @@ from zoo.core.plugins import Plugins
 from zoo.core.prepare import elsewhere
 from zoo.core.registry import Registry
 from zoo.core.state_memory import state_bytes
+from zoo.core.written import parse_assignments
 from zoo.plugins.parallel.pipeline import PipelineParallel
 
 REGISTRY = Registry(Plugins.load())

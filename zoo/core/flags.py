@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from zoo.core.errors import UsageError
-from zoo.core.job import Settings, parse_assignments, read_file
+from zoo.core.job import Settings
 from zoo.core.suggest import did_you_mean
+from zoo.core.written import parse_assignments, read_file
 
 
 @dataclass(frozen=True, slots=True)
