@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from zoo.core.watchdog import Limits, Watchdog, WatchedHeart
 
 RANK = """
@@ -43,9 +44,10 @@ def ranks(tmp_path):
         script.write_text(RANK)
         for rank, (what, beats) in enumerate(parts):
             started.append(subprocess.Popen([sys.executable, script, tmp_path, str(rank), what, str(beats)]))
-        deadline = time.monotonic() + 900
+        deadline = time.monotonic() + PATIENCE_S
         while len(list(tmp_path.glob("*.ready"))) < len(parts):
             assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in started)
             time.sleep(0.02)
         return started
 
