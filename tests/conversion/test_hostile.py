@@ -360,10 +360,10 @@ def test_pipes_directories_and_loops_do_not_hang(checkpoint, name):
 
 def test_a_pipe_that_takes_a_files_place_at_the_last_moment(checkpoint, monkeypatch):
     file = checkpoint / "config.json"
-    status = os.lstat(file)
+    status, lstat = os.lstat(file), os.lstat
     file.unlink()
     os.mkfifo(file)
-    monkeypatch.setattr(files_module.os, "lstat", lambda _path: status)
+    monkeypatch.setattr(files_module.os, "lstat", lambda path: status if str(path) == str(file) else lstat(path))
     monkeypatch.setattr(files_module.os.path, "realpath", lambda path, **_: str(path))
     opened = threading.Thread(target=lambda: refusals.append(refusal(checkpoint)), daemon=True)
     refusals = []
