@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/zoo finetune llama3 --seq 64k --cp 8
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

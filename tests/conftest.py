@@ -1,6 +1,7 @@
 """What all tests have in common: an environment that is the same everywhere, and fixtures of several folders."""
 
 import os
+from collections import Counter
 
 from hypothesis import HealthCheck, settings
 
@@ -26,3 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says how busy the machine is, and nothing of zoo.
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start ranks come first, those with the fewest tests before the others: theirs are the longest.
+
+    Left to the end they would keep one worker busy for minutes while the other has nothing to do.
+    """
+    starts_ranks = {item.path for item in items if item.get_closest_marker("dist")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in starts_ranks, tests[item.path] if item.path in starts_ranks else 0))

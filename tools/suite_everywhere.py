@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "suite"
+RUNNER = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+"""As `make test` runs it."""
 BUSY = 10
 """Processes of the load, where `make test` has two workers."""
 
@@ -65,7 +67,7 @@ def load(processes: int) -> Iterator[None]:
 def run(way: str, tests: list[str]) -> bool:
     """Run the suite one way and say how it went."""
     processes, variables = WAYS[way]
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=30", *tests]
+    command = [sys.executable, "-m", "pytest", *RUNNER, "--durations=30", *tests]
     began = time.monotonic()
     with load(processes), (LOGS / f"{way}.log").open("w") as log:
         status = subprocess.run(
