@@ -316,8 +316,8 @@ def _names(ours: Tokenizer, their: Any) -> Iterator[str]:
     if their.pad_token_id is not None and ours.pad_id != their.pad_token_id and their.pad_token in ours.special:
         yield f"pad_id {ours.pad_id}, not {their.pad_token_id}"
     empty = _attempt(lambda: their("").input_ids)
-    if ours.adds_bos != (ours.bos_id in empty[:1]):
-        yield f"adds_bos {ours.adds_bos}, but an empty text is {empty}"
+    if (ours.bos_id in ours.begin_ids) != (ours.bos_id in empty[:1]):
+        yield f"begin_ids {ours.begin_ids}, but an empty text is {empty}"
     for id in (ours.bos_id, ours.eos_id):
         if id is not None and id >= ours.vocab_size:
             yield f"id {id} is behind the vocabulary of {ours.vocab_size}"

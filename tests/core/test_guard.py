@@ -12,6 +12,7 @@ from tests.core.drawn_tokenizers import BOS, END, EOS, START, write
 from zoo.core.contracts import Record
 from zoo.core.errors import DataError
 from zoo.core.tokenizer import GUARD, Tokenizer
+from zoo.core.tokenizer_files import tokenizer_files
 from zoo.plugins.data.messages import messages_sample
 
 THINKING = (
@@ -86,7 +87,7 @@ FOLDING = {
 @pytest.mark.parametrize("typed", FOLDING)
 def test_what_a_normalizer_makes_a_turn_token_is_refused(chatml, tmp_path, typed):
     """An added token that is not kept out of normalization is found in what the normalizer makes of a text."""
-    for name in Tokenizer.files(chatml.path):
+    for name in tokenizer_files(chatml.path):
         (tmp_path / name).write_bytes((chatml.path / name).read_bytes())
     backend = Backend.from_file(str(chatml.path / "tokenizer.json"))
     special = {one.content: one.special for one in backend.get_added_tokens_decoder().values()}

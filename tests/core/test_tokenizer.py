@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend, models
 from tests.core.made_tokenizer import SPECIAL, write_tokenizer
 from zoo.core.errors import DataError
 from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer_files import tokenizer_files
 
 FAMILIES = ("llama3", "chatml", "mistral")
 
@@ -44,8 +45,8 @@ def test_special_tokens_in_text_stay_text(made, family):
 
 def test_ids_come_from_the_files(made):
     llama, chatml = made["llama3"], made["chatml"]
-    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.adds_bos) == (0, 1, 1, True)
-    assert (chatml.bos_id, chatml.eos_id, chatml.pad_id, chatml.adds_bos) == (None, 1, 1, False)
+    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.begin_ids) == (0, 1, 1, (0,))
+    assert (chatml.bos_id, chatml.eos_id, chatml.pad_id, chatml.begin_ids) == (None, 1, 1, ())
     assert llama.vocab_size == 320
     assert llama.encode("hi", add_special=True) == [0, *llama.encode("hi")]
 
@@ -62,7 +63,8 @@ def test_tokenizer_json_says_whether_texts_begin_with_bos_whatever_the_config_sa
     path = write_tokenizer(tmp_path, "llama3")
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
-    assert Tokenizer.from_directory(path).adds_bos
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer.begin_ids == (tokenizer.bos_id,)
 
 
 def test_truncation_in_the_file_cuts_nothing(tmp_path):
@@ -227,7 +229,7 @@ def test_files_lists_what_belongs_to_a_tokenizer(tmp_path):
     path = write_tokenizer(tmp_path, "llama3")
     (path / "chat_template.jinja").write_text("x")
     (path / "model.safetensors").write_text("x")
-    assert Tokenizer.files(path) == ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert tokenizer_files(path) == ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def test_a_directory_without_a_tokenizer_says_what_to_do(tmp_path):

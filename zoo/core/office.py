@@ -45,9 +45,6 @@ class Office:
         """Leave this rank's process id, so that signals reach it."""
         (self.root / f"{rank}.pid").write_text(str(os.getpid()))
 
-    def checked_in(self, rank: int) -> bool:
-        return (self.root / f"{rank}.pid").exists()
-
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank that has checked in and still lives."""
         for text in (path.read_text() for path in self.root.glob("*.pid")):

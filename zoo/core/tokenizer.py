@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer as Backend
 from zoo.core.errors import DataError
 from zoo.core.guard import ASSISTANT, GUARD, Marks, check_unguarded, counterpart, without_guards
 from zoo.core.template import ChatTemplates, literal_text
-from zoo.core.tokenizer_files import load_pretrained, read_object, tokenizer_files
+from zoo.core.tokenizer_files import load_pretrained, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,11 +48,6 @@ class Tokenizer:
     undefined: frozenset[str]
     """Tokens that the class names and no file defines: nothing writes them."""
     chat: ChatTemplates
-
-    @staticmethod
-    def files(path: str | Path) -> tuple[str, ...]:
-        """Return names of the tokenizer files in a directory, for byte-for-byte copies."""
-        return tokenizer_files(Path(path))
 
     @classmethod
     def from_directory(cls, path: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
@@ -129,11 +124,6 @@ class Tokenizer:
         encoding = _encoding(self.plain, "a", add_special=True)
         added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         return tuple(id for id, _ in takewhile(lambda pair: pair[1], added))
-
-    @cached_property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer begins a text with bos, as `tokenizer(text)` of transformers does."""
-        return self.bos_id is not None and self.bos_id in self.begin_ids
 
     @cached_property
     def vocab_size(self) -> int:
