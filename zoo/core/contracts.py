@@ -7,10 +7,10 @@ H head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from zoo.core.attention.problem import (
     AttentionProblem as AttentionProblem,
@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from zoo.core.attention.mask import Mask
     from zoo.core.attention.wire import Link
     from zoo.core.batch import Batch
+    from zoo.core.forward_backward import ForwardBackward
     from zoo.core.mesh import Mesh
     from zoo.core.rules import Rule
+    from zoo.core.traffic import Account
 
 IGNORE = -100
 """Label of a token that is not trained on."""
@@ -262,6 +264,9 @@ class ContextSetup:
 
 # Layout and memory --------------------------------------------------------------------------------
 
+Part = Literal["weights", "gradients", "optimizer"]
+"""Of what a rank holds between a backward and the optimizer's step."""
+
 
 class Phase(IntEnum):
     """Order of application. Mathematics fixes it, so core sorts by it and plugin order never matters."""
@@ -330,6 +335,8 @@ class Setup:
     """Type of the weights, of their gradients' sums and of the optimizer state."""
     data_parallel: str = "fsdp"
     """The adapter that decides how weights live over dp_replicate x dp_shard x cp."""
+    keeps_weights_for_a_step: bool = False
+    """What that adapter says of itself."""
     reshard: bool = True
     pipeline: PipelineSetup = field(default_factory=PipelineSetup)
     sequence_parallel: bool = True
@@ -338,27 +345,57 @@ class Setup:
     """Whether products of `tp` overlap their messages."""
 
 
-class ParallelAdapter(Protocol):
-    """How one kind of parallelism changes a built model, from outside.
+class ParallelAdapter:
+    """Base class of adapters: how one kind of parallelism changes a built model, from outside.
 
-    May be `zoo.core.order.Accumulating` and `Completing` and `zoo.core.state_memory.Holding` too.
+    Override what the adapter needs. Every other method does nothing.
     """
 
-    name: str
-    axes: tuple[str, ...]
-    phase: Phase
+    name: ClassVar[str]
+    axes: ClassVar[tuple[str, ...]]
+    """The mesh axes whose ranks it gives a meaning to."""
+    phase: ClassVar[Phase]
+    keeps_weights_for_a_step: ClassVar[bool] = False
+    """Whether weights stay whole, and gradients stay on their rank, until a step's last backward."""
 
     def check(self, request: LayoutRequest) -> str | None:
-        """None, or why this layout cannot work; core finds the nearest that do. Host only, and cheap: asked often."""
+        """Return None, or why this layout cannot work. Host only and cheap: it is asked often."""
+        return None
 
     def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """Whether there is anything to do, usually: one of its axes exceeds 1."""
+        """Return whether there is anything to do: by default, whether one of its axes has more than one rank."""
+        return any(degrees[axis] > 1 for axis in self.axes)
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
-        """Change the model in place (or wrap it) for this rank. Called only when it applies."""
+        """Change the model in place, or wrap it, for this rank. Called only if the adapter applies."""
+        return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """This rank's part of a batch. Most adapters return it unchanged."""
+        """Return this rank's part of a batch. By default all ranks of its axes get the same."""
+        return batch
+
+    def forward_backward(
+        self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup
+    ) -> ForwardBackward | None:
+        """Return the adapter's own order of forward and backward, for the model that `apply` and all later adapters
+        left; None leaves core's order, one microbatch after another."""
+        return None
+
+    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
+        """Prepare for a microbatch's forward, with the built model. `last` says whether it is the step's last."""
+
+    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+        """Add up in place what gradients lack after a step's last backward. Called before their norm is taken."""
+
+    def whole(self, setup: Setup) -> Collection[Part]:
+        """Return what every rank holds whole for a step, not cut over dp_shard x cp.
+
+        `weights` are those of the arithmetic's type. Only a data-parallel adapter has something to say.
+        """
+        return ()
+
+    def account(self, account: Account) -> None:
+        """Add what this rank sends in a step, and change `account` as `apply` changes the model. Host only."""
 
 
 class MemoryPolicy(Protocol):

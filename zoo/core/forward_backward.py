@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from zoo.core.batch import Batch
-from zoo.core.contracts import Losses, ParallelPlan, Setup
-from zoo.core.mesh import Mesh
+from zoo.core.contracts import Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +62,6 @@ class ForwardBackward(Protocol):
         """The norm over all ranks that hold other parameters than this one, from the norm of this one's, 0-dim."""
 
 
-@runtime_checkable
-class Scheduler(Protocol):
-    """An adapter that puts forward and backward in an order of its own."""
-
-    def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> ForwardBackward:
-        """For the model that `apply` and all later adapters left."""
-
-
 class OneByOne:
     """Each microbatch forward and backward, one after another."""
 
@@ -101,7 +92,7 @@ class OneByOne:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """Another order, and what completes its gradients."""
+    """An order, and what completes its gradients once every microbatch is done."""
 
     inner: ForwardBackward
     complete: Callable[[], None]
@@ -113,11 +104,11 @@ class Completed:
         return sums
 
     def repeated(self) -> Collection[str]:
-        """As of the other."""
+        """Return those of the order itself."""
         return self.inner.repeated()
 
     def whole_norm(self, norm: Tensor) -> Tensor:
-        """As of the other."""
+        """Return the order's own norm."""
         return self.inner.whole_norm(norm)
 
 

@@ -23,6 +23,7 @@ from zoo.core.contracts import (
     LayoutRequest,
     ModelSpec,
     ParallelAdapter,
+    Part,
     PipelineSetup,
     Setup,
 )
@@ -35,7 +36,7 @@ from zoo.core.layout_search import nearest
 from zoo.core.machine import Machine
 from zoo.core.mesh import AXES, Degrees, resolve_degrees
 from zoo.core.registry import Registry
-from zoo.core.state_memory import Holding, ModelValues, Part, state_bytes
+from zoo.core.state_memory import ModelValues, state_bytes
 from zoo.core.units import format_bytes, format_count
 
 _PROCESS_BYTES = 200 * 2**20
@@ -102,7 +103,7 @@ class LayoutCase:
         rows = job.data.global_batch or degrees.dp * job.data.micro_batch * degrees.pp
         microbatches = max(1, rows // degrees.dp // job.data.micro_batch)
         pipeline = PipelineSetup(microbatches=microbatches)
-        setup = _setup(job, self.dtype, pipeline, {}, self.windows)
+        setup = self._setup(job, pipeline, {})
         return setup, [adapter for adapter in self._every_adapter if adapter.applies(degrees.mapping(), setup)]
 
     def agreed(self, job: Job) -> Agreed:
@@ -127,7 +128,7 @@ class LayoutCase:
         job = job.replace("layout", data_parallel=choose_data_parallel(job, self.registry))
         request = self._request(job, degrees, global_batch // degrees.dp // job.data.micro_batch)
         schemes = able_schemes(job, self.registry, request)
-        setup = _setup(job, self.dtype, request.pipeline, schemes, self.windows)
+        setup = self._setup(job, request.pipeline, schemes)
         adapters = self._adapters(replace(request, schemes=schemes), setup)
         self._check_memory(degrees, setup, adapters)
         return Agreed(
@@ -195,6 +196,23 @@ class LayoutCase:
     def _every_adapter(self) -> list[ParallelAdapter]:
         return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
 
+    def _setup(self, job: Job, pipeline: PipelineSetup, schemes: Mapping[int | None, ContextScheme]) -> Setup:
+        """Return what adapters are told of the choices made."""
+        chosen = next((a for a in self._every_adapter if a.name == job.layout.data_parallel), ParallelAdapter)
+        return Setup(
+            seq=job.data.seq,
+            context=context_setup(job, schemes, self.windows),
+            dtype=self.dtype,
+            # Weights and optimizer state are never held below fp32.
+            master_dtype="float32" if self.dtype == "bfloat16" else self.dtype,
+            data_parallel=job.layout.data_parallel,
+            keeps_weights_for_a_step=chosen.keeps_weights_for_a_step,
+            reshard=job.layout.reshard,
+            pipeline=pipeline,
+            sequence_parallel=job.layout.sequence_parallel,
+            overlap_tensor=job.layout.overlap_tensor,
+        )
+
     def _adapters(self, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:
         """Those that apply, after each of them and every plugin agreed."""
         served = {axis for entry in self.registry.parallel_adapters for axis in entry.axes}
@@ -230,7 +248,7 @@ class LayoutCase:
 
 def parts_whole(adapters: Sequence[ParallelAdapter], setup: Setup) -> frozenset[Part]:
     """What no adapter that applies cuts over dp_shard x cp."""
-    return frozenset(part for a in adapters if isinstance(a, Holding) for part in a.whole(setup))
+    return frozenset(part for adapter in adapters for part in adapter.whole(setup))
 
 
 def _check_settings(layout: LayoutSection) -> None:
@@ -268,27 +286,6 @@ def _with_batch(job: Job, degrees: Degrees) -> tuple[Job, int]:
             f"{job.data.micro_batch} rows a microbatch = {unit}"
         )
     return job.replace("data", global_batch=wanted), wanted
-
-
-def _setup(
-    job: Job,
-    dtype: str,
-    pipeline: PipelineSetup,
-    schemes: Mapping[int | None, ContextScheme],
-    windows: Mapping[int | None, int],
-) -> Setup:
-    return Setup(
-        seq=job.data.seq,
-        context=context_setup(job, schemes, windows),
-        dtype=dtype,
-        # Weights and optimizer state are never held below fp32.
-        master_dtype="float32" if dtype == "bfloat16" else dtype,
-        data_parallel=job.layout.data_parallel,
-        reshard=job.layout.reshard,
-        pipeline=pipeline,
-        sequence_parallel=job.layout.sequence_parallel,
-        overlap_tensor=job.layout.overlap_tensor,
-    )
 
 
 def context_setup(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,27 +11,11 @@ from torch import nn
 from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
-from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne, Scheduler
+from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne
 from zoo.core.seams import find, swap
 
 if TYPE_CHECKING:
     from zoo.core.mesh import Mesh
-
-
-@runtime_checkable
-class Accumulating(Protocol):
-    """An adapter that treats the last microbatch of a step otherwise than those before it."""
-
-    def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
-        """Called with the built model before each microbatch's forward."""
-
-
-@runtime_checkable
-class Completing(Protocol):
-    """An adapter whose ranks have parts of gradients until a step's last backward is done."""
-
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
-        """Called on every rank once a step, before the gradients' norm is taken: add the parts up in place."""
 
 
 def build(
@@ -70,26 +53,22 @@ def build(
 def forward_backward(
     model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
 ) -> ForwardBackward:
-    """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
-    scheduler = next((adapter for adapter in adapters if isinstance(adapter, Scheduler)), None)
-    strategy: ForwardBackward = OneByOne(_microbatch_hook(model, adapters))
-    if scheduler is not None:
-        strategy = scheduler.forward_backward(model, plan, mesh, setup)
-    for adapter in adapters:
-        if isinstance(adapter, Completing):
-            strategy = Completed(strategy, partial(adapter.complete_gradients, model, mesh, setup))
-    return strategy
+    """Return how a built model is stepped: in the order of the adapter that has one, else one microbatch after another.
 
+    Whatever the order, every adapter completes its gradients at the end of the step.
+    """
+    orders = (adapter.forward_backward(model, plan, mesh, setup) for adapter in adapters)
+    order = next((order for order in orders if order is not None), None)
 
-def _microbatch_hook(model: nn.Module, adapters: Sequence[ParallelAdapter]) -> Callable[[bool], None]:
-    """What a step calls before each microbatch, told whether it is the last."""
-    told = [adapter for adapter in adapters if isinstance(adapter, Accumulating)]
-
-    def begin(last: bool) -> None:
-        for adapter in told:
+    def begin_microbatch(last: bool) -> None:
+        for adapter in adapters:
             adapter.begin_microbatch(model, last=last)
 
-    return begin
+    def complete_gradients() -> None:
+        for adapter in adapters:
+            adapter.complete_gradients(model, mesh, setup)
+
+    return Completed(order or OneByOne(begin_microbatch), complete_gradients)
 
 
 def _seam(core: nn.Module, backend: AttentionBackend) -> AttentionSeam:

@@ -8,21 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-from zoo.core.contracts import Setup
+from zoo.core.contracts import Part, Setup
 from zoo.core.mesh import Degrees
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-Part = Literal["weights", "gradients", "optimizer"]
-
-
-@runtime_checkable
-class Holding(Protocol):
-    """A data-parallel adapter that does not cut everything over dp_shard x cp."""
-
-    def whole(self, setup: Setup) -> Collection[Part]:
-        """What every rank holds uncut for a whole step: `weights` as computed with, gradients, optimizer state."""
 
 
 class Values(NamedTuple):

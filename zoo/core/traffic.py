@@ -95,14 +95,6 @@ class Weight:
 
 
 @runtime_checkable
-class Accounted(Protocol):
-    """An adapter that says what it sends."""
-
-    def account(self, account: Account) -> None:
-        """Add this rank's flows and change `account` as `apply` changes the model. Host only, no process group."""
-
-
-@runtime_checkable
 class Repeating(Protocol):
     """A memory policy that runs blocks more than once."""
 
@@ -261,8 +253,8 @@ def step_traffic(
 ) -> Account:
     """The account of a rank for a step of these microbatches of its own: gradients and their norm.
 
-    `model` is the one of this config on meta, where there is one already. An adapter that does not account for itself
-    counts as silent, here and to those after it.
+    `model` is the one of this config on meta, where there is one already. An adapter without `account` counts as
+    silent, here and to those after it.
     """
     model, plan = model or meta_model(spec, config), spec.plan(config)
     account = Account(
@@ -280,8 +272,7 @@ def step_traffic(
         blocks=find(model, plan.block),
     )
     for adapter in sorted(adapters, key=lambda a: (a.phase, a.name)):
-        if isinstance(adapter, Accounted):
-            adapter.account(account)
+        adapter.account(account)
     for entry in account.afterwards:
         entry()
     _norm(account)

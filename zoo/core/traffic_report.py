@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zoo.core.attention.mask import Mask
+from zoo.core.contracts import ParallelAdapter
 from zoo.core.device import accelerator_type
 from zoo.core.inventory import meta_model
 from zoo.core.mesh import AXES, Degrees
 from zoo.core.prepare import Prepared
-from zoo.core.traffic import Account, Accounted, Flow, Microbatch, sent, step_traffic
+from zoo.core.traffic import Account, Flow, Microbatch, sent, step_traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,5 +90,5 @@ def _report(account: Account, prepared: Prepared) -> Report:
         rank=account.number,
         sent=sum(row[2] for row in rows),
         flows=tuple(sorted(rows, key=lambda row: -row[2])),
-        silent=tuple(adapter.name for adapter in prepared.adapters if not isinstance(adapter, Accounted)),
+        silent=tuple(a.name for a in prepared.adapters if type(a).account is ParallelAdapter.account),
     )

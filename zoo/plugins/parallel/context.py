@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, Question, ShardedMask
 from zoo.core.attention.wire import Link
 from zoo.core.batch import Batch
-from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
 from zoo.core.mesh import Mesh
 from zoo.core.seams import swap
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from zoo.core.traffic import Account
 
 
-class ContextParallel:
+class ContextParallel(ParallelAdapter):
     """Context parallelism for any model with an `attention` seam, by any scheme, with any backend."""
 
     name = "context"
@@ -52,10 +51,6 @@ class ContextParallel:
             for problem in request.problems
         )
         return next((reason for reason in reasons if reason), None)
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """With more than one rank on `cp`."""
-        return degrees["cp"] > 1
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Give every attention seam its scheme and the group, and sum a row's counts over the group.

@@ -18,8 +18,8 @@ from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
+    from zoo.core.contracts import Part
     from zoo.core.mesh import Mesh
-    from zoo.core.state_memory import Part
     from zoo.core.traffic import Account
 
 

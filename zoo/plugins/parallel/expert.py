@@ -5,7 +5,6 @@ R tokens of this rank, K experts a token goes to, E experts, P ranks of `ep`, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,19 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
 from zoo.core.routing import Arrangement, Routing, by_expert, combine, permute, spread
 from zoo.core.seams import find, swap
 from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.traffic import Account
 
 
-class ExpertParallel:
+class ExpertParallel(ParallelAdapter):
     """Expert parallelism for any model whose plan names experts and the seams `dispatch` and `grouped_matmul`."""
 
     name: ClassVar[str] = "expert"
@@ -46,10 +44,6 @@ class ExpertParallel:
             return None
         return f"--ep {degree} does not divide the {num_experts} experts of {request.model}"
 
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """With more than one rank on `ep`."""
-        return degrees["ep"] > 1
-
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Keep this rank's experts, as DTensors on `ep`, and swap both seams. Raises UsageError if one is missing."""
         missing = [seam for seam in ("dispatch", "grouped_matmul") if seam not in plan.seams]
@@ -65,10 +59,6 @@ class ExpertParallel:
         swap(model, plan.seams["dispatch"], lambda _old: ExpertDispatch(group), owner=self.name)
         swap(model, plan.seams["grouped_matmul"], _LocalMatmul, owner=self.name)
         return model
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: `ep` folds over axes that have shared out the tokens already."""
-        return batch
 
     def account(self, account: Account) -> None:
         """Add counts and copies of tokens (2006.16668): there and back, forward and again for their gradients."""

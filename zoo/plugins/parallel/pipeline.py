@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.errors import UsageError
 from zoo.core.forward_backward import Counts, Sums
 from zoo.core.seams import find
@@ -45,7 +45,7 @@ _STAGES: Mapping[str, Any] = {
 }
 
 
-class PipelineParallel:
+class PipelineParallel(ParallelAdapter):
     """Pipeline parallelism for any model whose plan names its blocks and what its first and last stage need."""
 
     name: ClassVar[str] = "pipeline"
@@ -58,10 +58,6 @@ class PipelineParallel:
     def check(self, request: LayoutRequest) -> str | None:
         """None, or why these blocks cannot be dealt out so."""
         return objection(request)
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """With more than one rank on `pp`."""
-        return degrees["pp"] > 1
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Keep the blocks and ends of this rank's stages; names stay. Raises UsageError if a seam is left without."""
@@ -79,10 +75,6 @@ class PipelineParallel:
             except UsageError:
                 raise UsageError(f"--pp leaves a rank without any '{seam}' in its blocks; lower --pp") from None
         return model
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: every rank of `pp` works on the same rows."""
-        return batch
 
     def account(self, account: Account) -> None:
         """Add what passes between stages."""

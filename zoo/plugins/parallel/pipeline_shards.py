@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from zoo.core.contracts import Setup
 from zoo.plugins.parallel.stage_model import StageModel
-from zoo.plugins.parallel.units import once_a_step
 
 
 def held(
@@ -31,7 +30,7 @@ def held(
     """
     if not isinstance(model, FSDPModule):
         return nullcontext
-    if splits or once_a_step(setup):
+    if splits or setup.keeps_weights_for_a_step:
         return lambda: _once(model)
     model.set_reshard_after_backward(False, recurse=not setup.reshard)
     _prefetch(model, blocks)
@@ -41,7 +40,7 @@ def held(
 
 
 def _let_copies_meet(model: FSDPModule, blocks: Sequence[str], *, is_end: bool) -> None:
-    """Of the blocks of a stage, and if it is an end of the model of the root, where those are."""
+    """All-reduce gradients of this stage's blocks, and of the root unit if the stage holds embedding or head."""
     assert isinstance(model, nn.Module)
     for name in blocks:
         _units(model.get_submodule(name))[0].set_requires_all_reduce(True)

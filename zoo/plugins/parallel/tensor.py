@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle
+from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup, TensorStyle
 from zoo.core.errors import UsageError
 from zoo.core.seams import find, matches, swap
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
@@ -32,14 +32,13 @@ from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up
 from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
     from zoo.core.traffic import Account
 
 _LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
 
 
-class TensorParallel:
+class TensorParallel(ParallelAdapter):
     """Tensor parallelism, and by default sequence parallelism, for any model whose plan says how it may be cut."""
 
     name: ClassVar[str] = "tensor"
@@ -59,10 +58,6 @@ class TensorParallel:
             )
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
         return what and f"--tp {degree} does not divide the {what} of {request.model}"
-
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
-        """With more than one rank on `tp`."""
-        return degrees["tp"] > 1
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
@@ -90,10 +85,6 @@ class TensorParallel:
         for name in find(model, plan.block):
             model.get_submodule(name).register_forward_pre_hook(ranks.watch)
         return model
-
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
-        return batch
 
     def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
         """Under sequence parallelism a rank's gradients of what is not cut are of its own tokens: add them up."""

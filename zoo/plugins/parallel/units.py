@@ -10,15 +10,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
     from zoo.core.mesh import Mesh
 
 
-class DataParallel:
+class DataParallel(ParallelAdapter):
     """What an adapter is that `layout.data_parallel` may name: how weights live over dp_replicate x dp_shard x cp."""
 
     name: ClassVar[str]
@@ -31,27 +30,17 @@ class DataParallel:
         ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
         return setup.data_parallel == self.name and (ranks > 1 or casts(setup))
 
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
-        """Unchanged: the feed gives each data-parallel rank its own rows."""
-        return batch
-
 
 class DataParallelOnceAStep(DataParallel):
     """One that keeps weights whole, and gradients where they are, until a step's last backward."""
+
+    keeps_weights_for_a_step: ClassVar[bool] = True
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Before the last nothing is reduced and no weight given up; after it both, for weights will change."""
         unit = root(model)
         unit.set_requires_gradient_sync(last)
         unit.set_reshard_after_backward(last)
-
-
-_ONCE_A_STEP = ("zero1", "ddp")
-
-
-def once_a_step(setup: Setup) -> bool:
-    """Whether the adapter chosen keeps weights whole, and gradients where they are, until a step's last backward."""
-    return setup.data_parallel in _ONCE_A_STEP
 
 
 def precision(setup: Setup) -> MixedPrecisionPolicy:
