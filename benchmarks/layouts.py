@@ -107,13 +107,13 @@ class Side:
 
     def __init__(self, model: str, flags: dict[str, object]) -> None:
         self.prepared = prepared = prepared_for(model, flags)
-        self.mesh = Mesh(prepared.degrees, "cpu") if prepared.adapters else None
-        spec, config, degrees = prepared.spec, prepared.config, prepared.degrees
+        self.mesh = Mesh(prepared.layout.degrees, "cpu") if prepared.adapters else None
+        spec, config, degrees = prepared.spec, prepared.config, prepared.layout.degrees
         self.model = order.build(
             spec,
             config,
             mesh=self.mesh,
-            setup=prepared.setup,
+            layout=prepared.layout,
             backend=prepared.backend,
             adapters=prepared.adapters,
             policy=prepared.policy,
@@ -130,7 +130,7 @@ class Side:
             lr=job.optim.lr,
             clip=job.optim.clip,
             forward_backward=order.forward_backward(
-                self.model, spec.plan(config), mesh=self.mesh, setup=prepared.setup, adapters=prepared.adapters
+                self.model, spec.plan(config), mesh=self.mesh, layout=prepared.layout, adapters=prepared.adapters
             ),
         )
         every, each = rows_of(config.vocab_size), ROWS // degrees.dp
@@ -142,7 +142,7 @@ class Side:
 
     def _cut(self, batch):
         for adapter in self.prepared.adapters:
-            batch = adapter.shard_batch(batch, self.mesh, self.prepared.setup)
+            batch = adapter.shard_batch(batch, self.mesh, self.prepared.layout)
         return batch
 
     def step(self) -> None:
@@ -151,7 +151,7 @@ class Side:
     def count(self) -> dict[str, object]:
         """One step, counted: rows of the table and whether all is as the account says."""
         prepared = self.prepared
-        plan, ep = prepared.spec.plan(prepared.config), prepared.degrees.ep
+        plan, ep = prepared.spec.plan(prepared.config), prepared.layout.degrees.ep
         routed = Routed(self.model, plan, self.mesh["ep"].get_group()) if ep > 1 else None
         with Wire() as wire:
             self.step()
@@ -160,8 +160,7 @@ class Side:
         account = step_traffic(
             prepared.spec,
             prepared.config,
-            degrees=prepared.degrees,
-            setup=prepared.setup,
+            layout=prepared.layout,
             adapters=prepared.adapters,
             policy=prepared.policy,
             batches=[
@@ -223,7 +222,7 @@ def name_of(model: str, flags: dict[str, object]) -> str:
 
 
 def compare(model: str, flags: dict[str, object], turns: int) -> dict[str, object]:
-    degrees = prepared_for(model, flags).degrees
+    degrees = prepared_for(model, flags).layout.degrees
     parts = ranks.run(degrees.world_size, race, model, flags, turns, timeout=300.0)
     times = parts[0][1]
     single, layout = statistics.median(times["single"]), statistics.median(times["layout"])

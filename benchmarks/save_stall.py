@@ -49,9 +49,10 @@ def build(seq: int):
 
     from zoo.core import order, weights
     from zoo.core.batch import Row, collate
-    from zoo.core.contracts import Setup
+    from zoo.core.contracts import Layout
+    from zoo.core.degrees import Degrees
     from zoo.core.job import OptimSection, ScheduleSection
-    from zoo.core.mesh import Degrees, Mesh
+    from zoo.core.mesh import Mesh
     from zoo.core.optim import build_optimizer, build_schedule
     from zoo.core.step import TrainState
     from zoo.models.llama3.model import SPEC
@@ -61,12 +62,12 @@ def build(seq: int):
 
     torch.manual_seed(0)
     config = SPEC.parse(CONFIG)
-    setup = Setup(seq=seq, context=None, dtype="float32", master_dtype="float32")
+    layout = Layout(seq=seq)
     model = order.build(
         SPEC,
         config,
         mesh=Mesh(Degrees(dp_shard=RANKS), "cpu"),
-        setup=setup,
+        layout=layout,
         backend=Sdpa(),
         adapters=[FullyShardedData()],
         policy=KeepAll(),

@@ -33,11 +33,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tests.distributed import ranks
 from zoo.core import order, weights
 from zoo.core.batch import Row, collate
-from zoo.core.contracts import IGNORE, AttentionBackend, MemoryPolicy, ParallelAdapter, Setup
+from zoo.core.contracts import IGNORE, AttentionBackend, Layout, MemoryPolicy, ParallelAdapter
+from zoo.core.degrees import AXES
 from zoo.core.errors import UsageError
 from zoo.core.forward_backward import Counts
 from zoo.core.job import Job, OptimSection, ScheduleSection
-from zoo.core.mesh import AXES, Degrees, Mesh
+from zoo.core.mesh import Mesh
 from zoo.core.optim import build_optimizer, build_schedule
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import Prepared, prepare
@@ -181,12 +182,15 @@ class Chosen:
 
     model: str
     config: Any
-    degrees: Degrees
-    setup: Setup
+    layout: Layout
     backend: AttentionBackend
     adapters: list[ParallelAdapter]
     policy: MemoryPolicy
     rows: int
+
+    @property
+    def degrees(self):
+        return self.layout.degrees
 
 
 def settings(words):
@@ -243,12 +247,11 @@ def choose(model, words=""):
     return Chosen(
         model=model,
         config=decided.config,
-        degrees=decided.degrees,
-        setup=decided.setup,
+        layout=decided.layout,
         backend=decided.backend,
         adapters=list(decided.adapters),
         policy=decided.policy,
-        rows=decided.global_batch,
+        rows=decided.layout.global_batch,
     )
 
 
@@ -268,14 +271,14 @@ class Run:
     """A model under a layout on this rank, ready to step."""
 
     def __init__(self, chosen, *, start=None, clip=0.1):
-        self.chosen, self.setup, self.adapters = chosen, chosen.setup, chosen.adapters
+        self.chosen, self.layout, self.adapters = chosen, chosen.layout, chosen.adapters
         self.mesh = mesh(chosen.degrees) if self.adapters else None
         spec, _ = MODELS[chosen.model]
         self.model = order.build(
             spec,
             chosen.config,
             mesh=self.mesh,
-            setup=self.setup,
+            layout=self.layout,
             backend=chosen.backend,
             adapters=self.adapters,
             policy=chosen.policy,
@@ -285,7 +288,7 @@ class Run:
         weights.load_into(self.model, weights.ModuleSource(whole), (), whole_model=whole)
         optimizer = build_optimizer(self.model, OptimSection(lr=3e-3))
         stepped = order.forward_backward(
-            self.model, spec.plan(chosen.config), mesh=self.mesh, setup=self.setup, adapters=self.adapters
+            self.model, spec.plan(chosen.config), mesh=self.mesh, layout=self.layout, adapters=self.adapters
         )
         schedule = build_schedule(ScheduleSection(steps=10))
         self.state = TrainState(self.model, optimizer, schedule, lr=3e-3, clip=clip, forward_backward=stepped)
@@ -295,18 +298,18 @@ class Run:
         degrees, mesh = self.chosen.degrees, self.mesh
         first = mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard") if mesh else 0
         each = self.chosen.rows // degrees.dp
-        mine = rows(self.chosen.rows, self.setup.seq)[first * each : (first + 1) * each]
+        mine = rows(self.chosen.rows, self.layout.seq)[first * each : (first + 1) * each]
         result = []
         for start in range(0, each, micro_batch):
             batch = collate(mine[start : start + micro_batch])
             for adapter in self.adapters:
-                batch = adapter.shard_batch(batch, mesh, self.setup)
+                batch = adapter.shard_batch(batch, mesh, self.layout)
             result.append(batch)
         return result
 
     def update(self, micro_batch=1):
         """One step: what this rank knows of it."""
-        every = rows(self.chosen.rows, self.setup.seq)
+        every = rows(self.chosen.rows, self.layout.seq)
         trained, real = (sum(getattr(row, name) for row in every) for name in ("trained_tokens", "document_tokens"))
         return train_step(self.state, self.batches(micro_batch), Counts(trained, self.chosen.rows, real))
 
@@ -360,7 +363,7 @@ def _mesh(degrees, _world):
 
 def wanted(chosen, number=3):
     """What the single process leaves after the same rows."""
-    same = f"rows{chosen.rows} seq{chosen.setup.seq} layers{chosen.config.num_hidden_layers}"
+    same = f"rows{chosen.rows} seq{chosen.layout.seq} layers{chosen.config.num_hidden_layers}"
     return single(chosen.model, same, number)
 
 

@@ -10,9 +10,10 @@ from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.choices import choose_attention
 from zoo.core.context_choice import choose_schemes, forecasts, load_scheme, rates, settled
-from zoo.core.contracts import AttentionProblem, HeadShape, LayoutRequest
+from zoo.core.contracts import HeadShape, Layout, ModelFacts
+from zoo.core.degrees import Degrees
 from zoo.core.errors import PluginError, UsageError
-from zoo.core.job import Job
+from zoo.core.job import Job, LayoutSection
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
 
@@ -36,20 +37,20 @@ def _job(scheme="auto"):
     return Job().replace("data", seq=4096).replace("layout", cp_scheme=scheme)
 
 
-def _request(cp=4, *, windows=None, seq=4096, heads=(8, 2), dtype="bfloat16"):
-    problem = AttentionProblem(device="cpu", dtype=dtype, head_dim=64, num_heads=heads[0], num_kv_heads=heads[1])
-    degrees = {"cp": cp}
-    return LayoutRequest(
-        degrees=degrees, seq=seq, model="m", config=None, problem=problem, windows=windows or {None: 2}
-    )
+def _layout(cp=4, *, windows=None, seq=4096, heads=(8, 2), dtype="bfloat16", scheme="auto", wire=None):
+    shape = HeadShape(num_heads=heads[0], num_kv_heads=heads[1], head_dim=64)
+    by_layer = [window for window, layers in (windows or {None: 2}).items() for _ in range(layers)]
+    facts = ModelFacts(layer_heads=[shape] * len(by_layer), layer_windows=by_layer)
+    settings = LayoutSection(cp_scheme=scheme, cp_wire=wire)
+    return Layout(degrees=Degrees(cp=cp), seq=seq, settings=settings, dtype=dtype, model=facts)
 
 
 def _names(schemes):
     return {window: scheme.name for window, scheme in schemes.items()}
 
 
-def _chosen(registry, scheme, **request):
-    return choose_schemes(_job(scheme), registry, _request(**request))
+def _chosen(registry, scheme, **layout):
+    return choose_schemes(registry, _layout(scheme=scheme, **layout))
 
 
 def test_one_rank_needs_no_scheme(registry):
@@ -81,7 +82,7 @@ def test_windows_of_several_sizes_share_one_scheme(registry):
     assert schemes[64] is schemes[4096]
     assert f"and {schemes[64].name} for 5 layers of window 64, 4096 (" in note
     again = settled(_job("auto"), schemes)
-    assert _names(choose_schemes(again, registry(), _request(windows={None: 1, 4096: 2, 64: 3}))[0]) == _names(schemes)
+    assert _names(_chosen(registry(), again.layout.cp_scheme, windows={None: 1, 4096: 2, 64: 3})[0]) == _names(schemes)
 
 
 def test_auto_chooses_for_each_window_and_says_with_which_numbers(registry):
@@ -156,7 +157,7 @@ def zoo_register_context_schemes(): return [ContextSchemeEntry(name="mine", targ
 """
 DECIDES = """
 @hookimpl
-def zoo_select_context_scheme(request, window, candidates):
+def zoo_select_context_scheme(layout, window, candidates):
     return {answer}
 """
 
@@ -184,10 +185,8 @@ def test_without_anybody_to_decide_the_fastest_is_taken(registry):
     schemes, note = _chosen(found, "auto", windows={None: 1, 64: 1}, seq=65536)
     costs = forecasts(
         {name: load_scheme(found, name) for name in BUILT_IN},
-        _request(windows={None: 1, 64: 1}, seq=65536),
+        _layout(windows={None: 1, 64: 1}, seq=65536),
         Mask.whole(65536),
-        balance="auto",
-        wire=None,
     )
     assert schemes[None].name == min(costs, key=lambda name: costs[name].seconds)
     assert "chosen by plugin" not in note
@@ -220,7 +219,7 @@ def test_what_was_chosen_is_written_so_that_it_is_chosen_again(registry, asked, 
     job = settled(_job(asked), schemes)
     assert written is None or job.layout.cp_scheme == written
     assert "auto" not in job.layout.cp_scheme
-    again, _ = choose_schemes(Job.from_plain(job.settings()), found, _request(windows=windows))
+    again, _ = choose_schemes(found, _layout(scheme=Job.from_plain(job.settings()).layout.cp_scheme, windows=windows))
     assert _names(again) == _names(schemes)
     assert settled(job, again) == job
 
@@ -236,15 +235,15 @@ def test_forecasts_are_of_the_layout_that_rows_will_have(registry):
 
     for window in windows:
         mask = Mask.whole(4096, window=window)
-        forecasts({"spy": Spy()}, _request(windows=windows), mask, balance="auto", wire=None)
+        forecasts({"spy": Spy()}, _layout(windows=windows), mask)
     assert {window for window, _ in layouts} == {None, 64}
     assert {layout for _, layout in layouts} == {row_layout(Mask.whole(4096), windows, 4)}
 
 
 def test_forecasts_count_types_on_the_wire(registry):
     schemes = {name: load_scheme(registry(), name) for name in BUILT_IN}
-    mask, request = Mask.whole(4096), _request(dtype="float32")
-    wide, narrow = (forecasts(schemes, request, mask, balance="auto", wire=wire) for wire in (None, "bfloat16"))
+    mask, layouts = Mask.whole(4096), [_layout(dtype="float32", wire=wire) for wire in (None, "bfloat16")]
+    wide, narrow = (forecasts(schemes, layout, mask) for layout in layouts)
     for name in BUILT_IN:
         assert [2 * sent for sent in narrow[name].sent] == list(wide[name].sent)
 
@@ -262,17 +261,14 @@ def test_forecasts_count_types_on_the_wire(registry):
     ],
 )
 def test_numbers_travel_in_their_own_type_or_a_narrower_one(dtype, wire, value, gradient):
-    found = rates(_request(dtype=dtype).problem, 4, wire)
+    found = rates(_layout(dtype=dtype).problems[0], 4, wire)
     assert (found.value_bytes, found.gradient_bytes) == (value, gradient)
     assert found.flops > 0
     assert found.link > 0
 
 
 def test_a_mask_that_shows_everything_is_forecast_as_such(registry):
-    causal, full = (
-        choose_schemes(_job("auto").replace("attention", mask=mask), registry(), _request())[1]
-        for mask in ("causal", "full")
-    )
+    causal, full = (choose_schemes(registry(), _layout(), mask)[1] for mask in ("causal", "full"))
     assert causal != full
 
 
@@ -288,14 +284,15 @@ def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
         "@hookimpl\ndef zoo_register_context_schemes():\n"
         "    return [ContextSchemeEntry(name='picky', target='zoo_picky:Picky')]\n"
     )
-    found, alike = registry(("zoo-picky", picky)), _request()
-    assert _names(choose_schemes(_job("picky"), found, alike)[0]) == {None: "picky"}
-    few, many = HeadShape(num_heads=8, num_kv_heads=1, head_dim=64), alike.problem.heads
-    mixed = replace(alike, heads={many: 3, few: 1})
+    found, alike = registry(("zoo-picky", picky)), _layout(scheme="picky")
+    assert _names(choose_schemes(found, alike)[0]) == {None: "picky"}
+    few, many = HeadShape(num_heads=8, num_kv_heads=1, head_dim=64), alike.problems[0].heads
+    mixed = replace(alike, model=replace(alike.model, layer_heads=[many, many, few]))
     assert [problem.num_kv_heads for problem in mixed.problems] == [2, 1]
     with pytest.raises(UsageError, match="one K/V head"):
-        choose_schemes(_job("picky"), found, mixed)
-    assert "picky cannot: one K/V head" in choose_schemes(_job(), found, mixed)[1]
+        choose_schemes(found, mixed)
+    mixed = replace(mixed, settings=LayoutSection())
+    assert "picky cannot: one K/V head" in choose_schemes(found, mixed)[1]
 
 
 def test_a_kernel_must_compute_the_heads_of_every_layer():
@@ -306,7 +303,7 @@ def test_a_kernel_must_compute_the_heads_of_every_layer():
     class Found:
         attention = SimpleNamespace(load=lambda _name: Picky, names=lambda: ["picky"])
 
-    problem = _request().problem
+    problem = _layout().problems[0]
     one = problem.of(HeadShape(num_heads=8, num_kv_heads=1, head_dim=64))
     job = Job().replace("attention", backend="picky")
     assert choose_attention(job, Found, [problem])[0].__class__ is Picky

@@ -9,10 +9,9 @@ import torch
 
 from tests.patience import PATIENCE_S
 from zoo.core.batch import Row, collate, row_mask
-from zoo.core.contracts import IGNORE, PADDING, Setup
+from zoo.core.contracts import IGNORE, PADDING, Layout, ModelFacts
 from zoo.core.errors import DataError
 from zoo.core.feed import Feed
-from zoo.core.mesh import Degrees
 from zoo.core.windows import Stats
 
 CPU = torch.device("cpu")
@@ -60,20 +59,17 @@ class Cutter:
     def __init__(self):
         self.cut = []
 
-    def shard_batch(self, batch, mesh, setup):
+    def shard_batch(self, batch, mesh, layout):
         self.cut.append((threading.current_thread().name, int(batch.tokens[0, 0])))
         return batch
 
 
-def _feed(stream, steps, adapter=None, **kwargs):
+def _feed(stream, steps, adapter=None, windows=(), **kwargs):
     return Feed(
         stream,
         mesh=Alone(),
-        degrees=Degrees(),
         adapters=[adapter] if adapter else [],
-        setup=Setup(seq=8, context=None, dtype="float32", master_dtype="float32"),
-        global_batch=2,
-        micro_batch=1,
+        layout=Layout(seq=8, microbatches=2, model=ModelFacts(layer_windows=windows)),
         steps=steps,
         **kwargs,
     )
@@ -124,9 +120,9 @@ def test_padding_has_a_position_of_its_own_and_is_not_counted():
 
 def test_visible_keys_are_the_mean_over_layers():
     plain = _feed(Stream(), 1).step(CPU).mean_visible_keys
-    windowed = _feed(Stream(), 1, windows={2: 1}).step(CPU).mean_visible_keys
+    windowed = _feed(Stream(), 1, windows=[2]).step(CPU).mean_visible_keys
     assert (plain, windowed) == (36 / 8, 15 / 8)
-    assert _feed(Stream(), 1, windows={None: 3, 2: 1}).step(CPU).mean_visible_keys == (3 * plain + windowed) / 4
+    assert _feed(Stream(), 1, windows=[None, None, None, 2]).step(CPU).mean_visible_keys == (3 * plain + windowed) / 4
     assert _feed(Stream(), 1, mask="full").step(CPU).mean_visible_keys == 8
 
 

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from zoo.cli.main import main
+from zoo.core.degrees import AXES
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.job import Job
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
-from zoo.core.mesh import AXES
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import elsewhere
 from zoo.core.registry import Registry

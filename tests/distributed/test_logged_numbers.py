@@ -18,9 +18,10 @@ from tests.distributed.pooled_command import train
 from tests.layout_commands import MODELS, Case, Corpus, furthest
 from zoo.core import run as training
 from zoo.core.batch import Row
-from zoo.core.contracts import IGNORE, Setup
+from zoo.core.contracts import IGNORE, Layout
+from zoo.core.degrees import AXES, PEER_AXES, Degrees
 from zoo.core.feed import Feed, reads_data
-from zoo.core.mesh import AXES, PEER_AXES, Degrees, Mesh
+from zoo.core.mesh import Mesh
 
 pytestmark = pytest.mark.dist
 
@@ -115,11 +116,8 @@ def read(degrees, steps):
     feed = Feed(
         Ragged() if reads_data(mesh) else None,
         mesh=mesh,
-        degrees=degrees,
         adapters=[],
-        setup=Setup(seq=8, context=None, dtype="float64", master_dtype="float64"),
-        global_batch=8,
-        micro_batch=1,
+        layout=Layout(seq=8, degrees=degrees, microbatches=8 // degrees.dp, dtype="float64"),
         steps=steps,
     )
     data = [feed.step(torch.device("cpu")) for _ in range(steps)]

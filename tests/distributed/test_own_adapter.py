@@ -17,7 +17,7 @@ from zoo.core.contracts import ParallelAdapterEntry
 @hookimpl
 def zoo_register_parallel_adapters():
     return [
-        ParallelAdapterEntry(name=name, target=f"tests.distributed.own_adapter:{kind}", axes=("dp_replicate", "dp_shard"))
+        ParallelAdapterEntry(name=name, target=f"tests.distributed.own_adapter:{kind}", axes=("dp_shard",))
         for name, kind in (("own-replicas", "OwnReplicas"), ("own-optimizer", "OwnOptimizer"))
     ]
 """
@@ -39,7 +39,7 @@ def own(tmp_path, monkeypatch):
 def test_it_equals_one_process_and_sends_what_zoos_own_sends_under_a_pipeline(own, name):
     chosen = layouts.choose.__wrapped__("llama", f"pp2 dp_shard2 rows8 interleaved {name}")
     assert [adapter.name for adapter in chosen.adapters] == [name, "pipeline"]
-    assert chosen.setup.keeps_weights_for_a_step
+    assert chosen.layout.keeps_weights_for_a_step
     for ((found, names),), counts in ranks.run(4, run_and_counted, chosen, layouts.wanted(chosen)):
         assert not found
         assert names

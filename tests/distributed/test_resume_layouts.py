@@ -16,9 +16,10 @@ from tests.distributed import ranks
 from zoo.core import checkpoint
 from zoo.core.batch import Row
 from zoo.core.checkpoint import Checkpoints
-from zoo.core.contracts import Setup
+from zoo.core.contracts import Layout
+from zoo.core.degrees import Degrees
 from zoo.core.feed import Feed, reads_data
-from zoo.core.mesh import Degrees, Mesh
+from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.windows import Stats
 
@@ -115,10 +116,8 @@ def fed(degrees, cursor, steps):
     degrees = Degrees(**degrees)
     mesh = Mesh(degrees, "cpu")
     stream = Numbered(cursor) if reads_data(mesh) else None
-    setup = Setup(seq=4, context=None, dtype="float64", master_dtype="float64")
-    feed = Feed(
-        stream, mesh=mesh, degrees=degrees, adapters=[], setup=setup, global_batch=8, micro_batch=1, steps=steps
-    )
+    layout = Layout(seq=4, degrees=degrees, microbatches=8 // degrees.dp, dtype="float64")
+    feed = Feed(stream, mesh=mesh, adapters=[], layout=layout, steps=steps)
     data = [feed.step(torch.device("cpu")) for _ in range(steps)]
     feed.close()
     return [[int(b.tokens[0, 0]) for b in step.batches] for step in data], data[-1].position.cursor

@@ -22,9 +22,10 @@ from tests import layouts
 from tests.distributed import ranks
 from zoo.core.batch import collate
 from zoo.core.contracts import IGNORE
+from zoo.core.degrees import Degrees
 from zoo.core.feed import Feed
 from zoo.core.forward_backward import Counts
-from zoo.core.mesh import Degrees, Mesh
+from zoo.core.mesh import Mesh
 from zoo.core.metrics import Meter, Pending
 from zoo.core.step import StepResult, train_step
 from zoo.core.traffic import Microbatch, sent, step_traffic
@@ -97,12 +98,11 @@ def counted(chosen):
     copies = routed.copies() if routed else []
     each, calls = chosen.rows // degrees.dp, len(copies) // len(batches)
     first = (run.mesh.rank("dp_replicate") * degrees.dp_shard + run.mesh.rank("dp_shard")) * each
-    mine = layouts.rows(chosen.rows, chosen.setup.seq)[first : first + each]
+    mine = layouts.rows(chosen.rows, chosen.layout.seq)[first : first + each]
     account = step_traffic(
         spec,
         config,
-        degrees=degrees,
-        setup=run.setup,
+        layout=run.layout,
         adapters=run.adapters,
         policy=chosen.policy,
         batches=[

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tests.models.reference import FAMILIES, draw_fields, token_loss
-from zoo.core.contracts import AttentionProblem, LayoutRequest
+from zoo.core.contracts import Layout, ModelFacts
+from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
 from zoo.core.seams import find, swap
 from zoo.core.weights import ModuleSource, allocate, load_into
@@ -184,9 +185,8 @@ def test_dynamic_rope_on_several_ranks_is_refused_beyond_the_native_length(famil
         config = FAMILIES[family].spec.parse(
             {"max_position_embeddings": 1024, "rope_scaling": {"rope_type": rope, "factor": 2.0}}
         )
-        problem = AttentionProblem(device="cpu", dtype="float32", head_dim=128, num_heads=32, num_kv_heads=32)
-        degrees = {"cp": cp, "dp_shard": 1}
-        return check(LayoutRequest(degrees=degrees, seq=seq, model=family, config=config, problem=problem))
+        degrees = Degrees(cp=cp)
+        return check(Layout(degrees=degrees, seq=seq, model=ModelFacts(name=family, config=config)))
 
     assert "yarn or linear" in objection("dynamic", 2048, 2)
     assert objection("dynamic", 1024, 2) is None

@@ -17,8 +17,10 @@ from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.batch import Batch
-from zoo.core.contracts import AttentionProblem, ContextSetup, HeadShape, LayoutRequest, ParallelPlan, Setup
+from zoo.core.contracts import HeadShape, Layout, ModelFacts, ParallelPlan
+from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
+from zoo.core.job import LayoutSection
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.plugins.context.allgather import Allgather
 from zoo.plugins.context.halo import Halo
@@ -77,10 +79,10 @@ def _batch(length=LENGTH, seed=0):
     return Batch(tokens=tokens, labels=labels, positions=positions, mask=Mask(length, documents))
 
 
-def _setup(schemes, **changes):
-    windows = {window: WINDOWS.count(window) for window in WINDOWS}
-    context = ContextSetup(schemes=schemes, windows=windows, **changes) if schemes else None
-    return Setup(seq=LENGTH, context=context, dtype="float64", master_dtype="float64")
+def _layout(schemes, **changes):
+    settings = LayoutSection(**{f"cp_{name}": value for name, value in changes.items()})
+    facts = ModelFacts(layer_windows=WINDOWS)
+    return Layout(seq=LENGTH, schemes=schemes or {}, settings=settings, dtype="float64", model=facts)
 
 
 def _model():
@@ -94,12 +96,12 @@ def _step(model, batch, recompute=False):
     return loss.detach()
 
 
-def _on_a_rank(setup, length, sharded, recompute):
+def _on_a_rank(layout, length, sharded, recompute):
     """The summed loss and gradients, and the schemes that seams were given."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
     adapter, model = ContextParallel(), _model()
     names = [name for name, _ in model.named_parameters()]
-    model = adapter.apply(model, PLAN, _Mesh(mesh), setup)
+    model = adapter.apply(model, PLAN, _Mesh(mesh), layout)
     if sharded:
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh)
@@ -107,7 +109,7 @@ def _on_a_rank(setup, length, sharded, recompute):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     assert [name for name, _ in model.named_parameters()] == names
-    loss = _step(model, adapter.shard_batch(_batch(length), _Mesh(mesh), setup), recompute)
+    loss = _step(model, adapter.shard_batch(_batch(length), _Mesh(mesh), layout), recompute)
     grads = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters()]
     for total in (loss, *(() if sharded else grads)):
         dist.all_reduce(total)
@@ -147,7 +149,7 @@ def _title(part):
 @pytest.mark.parametrize(("sharded", "recompute"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_cut_model_is_the_same_function(world, schemes, sharded, recompute):
-    _check_same(schemes, LENGTH, ranks.run(world, _on_a_rank, _setup(schemes), LENGTH, sharded, recompute))
+    _check_same(schemes, LENGTH, ranks.run(world, _on_a_rank, _layout(schemes), LENGTH, sharded, recompute))
 
 
 @pytest.mark.dist
@@ -155,43 +157,43 @@ def test_a_cut_model_is_the_same_function(world, schemes, sharded, recompute):
 @pytest.mark.parametrize("schemes", SCHEMES[:3], ids=_title)
 def test_no_length_has_to_be_a_multiple_of_anything(schemes, balance):
     for world, length in ((4, 61), (3, 64)):
-        setup = _setup(schemes, balance=balance)
-        _check_same(schemes, length, ranks.run(world, _on_a_rank, setup, length, False, False))
+        layout = _layout(schemes, balance=balance)
+        _check_same(schemes, length, ranks.run(world, _on_a_rank, layout, length, False, False))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("schemes", SCHEMES, ids=_title)
 def test_numbers_may_travel_in_a_narrower_type(schemes):
     """fp64 arithmetic over an fp32 wire is good to fp32, and no better: so it did travel in fp32."""
-    answers = ranks.run(2, _on_a_rank, _setup(schemes, wire="float32"), LENGTH, False, False)
+    answers = ranks.run(2, _on_a_rank, _layout(schemes, wire="float32"), LENGTH, False, False)
     _check_same(schemes, LENGTH, answers, tolerance=1e-5)
     with pytest.raises(AssertionError):
         _check_same(schemes, LENGTH, answers)
 
 
-def _shard(adapter, batch, rank, setup, size=2):
+def _shard(adapter, batch, rank, layout, size=2):
     cp = SimpleNamespace(get_local_rank=lambda: rank, size=lambda: size)
-    return adapter.shard_batch(batch, {"cp": cp}, setup)
+    return adapter.shard_batch(batch, {"cp": cp}, layout)
 
 
 @pytest.mark.parametrize("length", [64, 61])
 @pytest.mark.parametrize("balance", ["auto", "head-tail", "balanced", "contiguous"])
 def test_a_batch_is_cut_by_the_rows_layout(balance, length):
-    setup, whole = _setup(SCHEMES[0], balance=balance), _batch(length)
-    parts = [_shard(ContextParallel(), whole, rank, setup) for rank in (0, 1)]
-    layout = row_layout(whole.mask, setup.context.windows, 2, balance=balance)
+    layout, whole = _layout(SCHEMES[0], balance=balance), _batch(length)
+    parts = [_shard(ContextParallel(), whole, rank, layout) for rank in (0, 1)]
+    places = row_layout(whole.mask, layout.model.windows, 2, balance=balance)
     for name in ("tokens", "labels", "positions"):
-        assert torch.equal(layout.join([getattr(part, name) for part in parts], 1), getattr(whole, name))
+        assert torch.equal(places.join([getattr(part, name) for part in parts], 1), getattr(whole, name))
     for rank, part in enumerate(parts):
-        assert (part.mask.mask, part.mask.rank, part.mask.layout) == (whole.mask, rank, layout)
-        assert part.mask.length == part.tokens.shape[1] == layout.local_length(rank)
+        assert (part.mask.mask, part.mask.rank, part.mask.layout) == (whole.mask, rank, places)
+        assert part.mask.length == part.tokens.shape[1] == places.local_length(rank)
         assert abs(part.mask.length - length / 2) <= 1
 
 
 def test_rows_stay_together_only_if_no_scheme_computes_what_it_holds():
     mask = _batch().mask
     for schemes, splits in (({None: Ulysses(), 9: Ulysses()}, False), ({None: Ulysses(), 9: Halo()}, True)):
-        part = _shard(ContextParallel(), _batch(), 0, _setup(schemes))
+        part = _shard(ContextParallel(), _batch(), 0, _layout(schemes))
         assert (part.mask.layout == SequenceLayout.contiguous(LENGTH, 2)) == (not splits)
         assert part.mask.layout == row_layout(mask, {None: 1, 9: 1}, 2, splits_rows=splits)
 
@@ -208,42 +210,41 @@ class Counting(Ring):
 def test_plans_of_the_next_batch_are_made_when_it_is_cut():
     """What layers asked of the first batch is ready before they see the second."""
     scheme, heads = Counting(), HeadShape(num_heads=HEADS, num_kv_heads=GROUPS, head_dim=SIZE)
-    adapter, setup = ContextParallel(), _setup({None: scheme, 9: scheme})
-    first = _shard(adapter, _batch(), 0, setup).mask
+    adapter, layout = ContextParallel(), _layout({None: scheme, 9: scheme})
+    first = _shard(adapter, _batch(), 0, layout).mask
     assert scheme.planned == []
     plans = [first.plan(scheme, window, heads) for window in (*WINDOWS, *WINDOWS)]
     assert [window for window, _ in scheme.planned] == [None, 9]
     assert plans[:2] == plans[2:]
-    second = _shard(adapter, _batch(61), 0, setup).mask
+    second = _shard(adapter, _batch(61), 0, layout).mask
     assert sorted(str(window) for window, _ in scheme.planned[2:]) == ["9", "None"]
     assert {documents for _, documents in scheme.planned[2:]} == {_batch(61).mask.documents}
     for window in WINDOWS:
         second.plan(scheme, window, heads)
     assert len(scheme.planned) == 4
-    other = _shard(ContextParallel(), _batch(), 0, setup).mask  # another run knows nothing of this one
+    other = _shard(ContextParallel(), _batch(), 0, layout).mask  # another run knows nothing of this one
     assert (len(scheme.planned), len(other.asked)) == (4, 0)
 
 
-def _request(degree, seq, schemes, num_heads=4):
-    problem = AttentionProblem(device="cpu", dtype="float32", head_dim=8, num_heads=num_heads, num_kv_heads=2)
-    return LayoutRequest(
-        degrees={"cp": degree}, seq=seq, model="m", config=None, problem=problem, windows={None: 1}, schemes=schemes
-    )
+def _over(degree, seq, schemes, num_heads=4):
+    heads = HeadShape(num_heads=num_heads, num_kv_heads=2, head_dim=8)
+    facts = ModelFacts(layer_heads=[heads], layer_windows=[None])
+    return Layout(degrees=Degrees(cp=degree), seq=seq, schemes=schemes, model=facts)
 
 
 def test_check_asks_the_schemes():
     check = ContextParallel().check
-    assert check(_request(7, 1000, {None: Ring()})) is None
-    assert check(_request(4, 1024, {None: Ulysses()})) is None
+    assert check(_over(7, 1000, {None: Ring()})) is None
+    assert check(_over(4, 1024, {None: Ulysses()})) is None
     for schemes in ({None: Ulysses()}, {None: Ring(), 9: Ulysses()}):
         assert "4 query heads over 2 key/value heads can be dealt out to at most 4 ranks" in check(
-            _request(8, 1024, schemes)
+            _over(8, 1024, schemes)
         )
-    assert check(_request(1, 1001, {})) is None
-    assert "--cp-scheme ring" in check(_request(2, 8, {}))
-    assert "--seq 3 cannot be shared out over --cp 4" in check(_request(4, 3, {None: Ring()}))
-    assert ContextParallel().applies({"cp": 2}, _setup(None))
-    assert not ContextParallel().applies({"cp": 1}, _setup(None))
+    assert check(_over(1, 1001, {})) is None
+    assert "--cp-scheme ring" in check(_over(2, 8, {}))
+    assert "--seq 3 cannot be shared out over --cp 4" in check(_over(4, 3, {None: Ring()}))
+    assert ContextParallel().applies(Layout(seq=8, degrees=Degrees(cp=2)))
+    assert not ContextParallel().applies(Layout(seq=8))
 
 
 class _OneRank:
@@ -263,19 +264,19 @@ class _OneRank:
 )
 def test_models_and_setups_that_cannot_be_cut_are_refused(plan, schemes, message):
     with pytest.raises(UsageError, match=message):
-        ContextParallel().apply(_model(), plan, _OneRank(), _setup(schemes))
+        ContextParallel().apply(_model(), plan, _OneRank(), _layout(schemes))
 
 
 def test_a_batch_cannot_be_cut_without_a_scheme():
     with pytest.raises(UsageError, match="none was chosen; type --cp-scheme ring"):
-        _shard(ContextParallel(), _batch(), 0, _setup(None))
+        _shard(ContextParallel(), _batch(), 0, _layout(None))
 
 
 def test_a_seam_that_somebody_else_took_is_refused():
     model = _model()
     model.blocks[1].core = nn.Identity()
     with pytest.raises(UsageError, match="found Identity in the attention seam"):
-        ContextParallel().apply(model, PLAN, _OneRank(), _setup(SCHEMES[0]))
+        ContextParallel().apply(model, PLAN, _OneRank(), _layout(SCHEMES[0]))
 
 
 def test_the_entry_says_what_the_adapter_is():

@@ -20,9 +20,10 @@ from tests.core.attention import threads
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.context_choice import choose_schemes, load_scheme
-from zoo.core.contracts import AttentionProblem, HeadShape, LayoutRequest
+from zoo.core.contracts import AttentionProblem, HeadShape, Layout, ModelFacts
+from zoo.core.degrees import Degrees
 from zoo.core.errors import DataError, UsageError
-from zoo.core.job import Job
+from zoo.core.job import LayoutSection
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
 from zoo.plugins.attention import flash
@@ -151,24 +152,21 @@ COMMANDS = (
 )
 
 
+FACTS = ModelFacts(layer_heads=[HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)], layer_windows=[None])
+
+
 def _of_command(scheme, cp):
-    request = LayoutRequest(
-        degrees={"cp": cp}, seq=1 << 16, model="m", config=None,
-        problem=_problem("cpu", "float32", "32/8 heads of 128"), windows={None: 1},
-    )  # fmt: skip
+    layout = Layout(degrees=Degrees(cp=cp), seq=1 << 16, settings=LayoutSection(cp_scheme=scheme), model=FACTS)
     try:
-        choose_schemes(Job().replace("layout", cp_scheme=scheme), REGISTRY, request)
+        choose_schemes(REGISTRY, layout)
     except UsageError as error:
         return str(error)
     return None
 
 
 def _of_layout(seq, cp):
-    request = LayoutRequest(
-        degrees={"cp": cp}, seq=seq, model="m", config=None,
-        problem=_problem("cpu", "float32", "32/8 heads of 128"), schemes={None: load_scheme(REGISTRY, "ring")},
-    )  # fmt: skip
-    return ContextParallel().check(request)
+    schemes = {None: load_scheme(REGISTRY, "ring")}
+    return ContextParallel().check(Layout(degrees=Degrees(cp=cp), seq=seq, schemes=schemes, model=FACTS))
 
 
 LACKING = {

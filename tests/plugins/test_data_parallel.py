@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core.contracts import Setup
+from zoo.core.contracts import Layout
+from zoo.core.degrees import Degrees
+from zoo.core.job import LayoutSection
 from zoo.plugins.parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.zero1 import ShardedOptimizer
@@ -60,14 +63,12 @@ def test_one_is_chosen_and_the_job_says_which(blocked, args, chosen, capsys):
 
 
 def test_exactly_the_chosen_one_applies_and_on_one_rank_only_to_cast():
-    one = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}
     for name in NAMES:
-        plain = Setup(seq=8, context=None, dtype="float32", master_dtype="float32", data_parallel=name)
-        mixed = Setup(seq=8, context=None, dtype="bfloat16", master_dtype="float32", data_parallel=name)
-        assert [a.name for a in EVERY if a.applies(one, plain)] == []
-        assert [a.name for a in EVERY if a.applies(one, mixed)] == [name]
+        plain = Layout(seq=8, settings=LayoutSection(data_parallel=name))
+        assert [a.name for a in EVERY if a.applies(plain)] == []
+        assert [a.name for a in EVERY if a.applies(replace(plain, dtype="bfloat16"))] == [name]
         for axis in ("dp_replicate", "dp_shard", "cp"):
-            assert [a.name for a in EVERY if a.applies(one | {axis: 2}, plain)] == [name]
+            assert [a.name for a in EVERY if a.applies(replace(plain, degrees=Degrees(**{axis: 2})))] == [name]
 
 
 # On ranks -----------------------------------------------------------------------------------------

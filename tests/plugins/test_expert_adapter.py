@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from tests import layouts
 from tests.distributed import ranks
-from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelPlan
+from zoo.core.contracts import ExpertShape, Layout, ModelFacts, ParallelPlan
+from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
 from zoo.core.routing import Routing
 from zoo.models.common.moe import Dispatch, Experts, balance_objection
@@ -21,14 +22,11 @@ EIGHT = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=96)
 
 
 def request(experts=EIGHT, *, cp=1, dp_shard=1, ep=1, micro_batch=1, aux=False):
-    return LayoutRequest(
-        degrees={"pp": 1, "dp_replicate": 1, "dp_shard": dp_shard, "cp": cp, "tp": 1, "ep": ep},
+    return Layout(
+        degrees=Degrees(dp_shard=dp_shard, cp=cp, ep=ep),
         seq=64,
         micro_batch=micro_batch,
-        model="mixtral",
-        config=SimpleNamespace(output_router_logits=aux),
-        problem=None,
-        experts=experts,
+        model=ModelFacts(name="mixtral", config=SimpleNamespace(output_router_logits=aux), experts=experts),
     )
 
 

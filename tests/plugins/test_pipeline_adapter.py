@@ -21,8 +21,11 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from tests import layouts
 from tests.command import zoo
-from zoo.core.contracts import LayoutRequest, PipelineSetup
+from zoo.core.contracts import HeadShape, Layout, ModelFacts
+from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
+from zoo.core.inventory import model_facts
+from zoo.core.job import LayoutSection
 from zoo.models.common.loss import TokenLoss
 from zoo.plugins.parallel.cut import Cut
 from zoo.plugins.parallel.pipeline import PipelineParallel
@@ -60,18 +63,17 @@ def test_the_head_takes_the_place_of_blocks():
 @pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 3), ("zbv", 2)])
 def test_stages_lie_where_torch_expects_them(schedule, virtual):
     theirs = generate_stage_to_rank_mapping(4, 4 * virtual, style="v" if schedule == "zbv" else "loop")
-    setup = PipelineSetup(schedule=schedule, virtual=virtual)
-    assert {stage: rank for rank in range(4) for stage in stages_of(rank, 4, setup)} == theirs
+    settings = LayoutSection(pp_schedule=schedule, pp_virtual=virtual)
+    assert {stage: rank for rank in range(4) for stage in stages_of(rank, 4, settings)} == theirs
 
 
 def request(schedule="1f1b", *, pp=2, virtual=None, microbatches=8, blocks=8, dp_shard=1, cp=1):
-    return LayoutRequest(
-        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": dp_shard, "cp": cp, "tp": 1, "ep": 1},
+    return Layout(
+        degrees=Degrees(pp=pp, dp_shard=dp_shard, cp=cp),
         seq=64,
-        model="llama3",
-        config=SimpleNamespace(num_hidden_layers=blocks),
-        problem=None,
-        pipeline=PipelineSetup(schedule=schedule, virtual=virtual, microbatches=microbatches),
+        microbatches=microbatches,
+        settings=LayoutSection(pp_schedule=schedule, pp_virtual=virtual),
+        model=ModelFacts(name="llama3", config=SimpleNamespace(num_hidden_layers=blocks)),
     )
 
 
@@ -111,12 +113,18 @@ class OneRank:
         self.size = lambda _axis: size
 
 
+def of_schedule(model, schedule):
+    """The layout of a model's four blocks."""
+    facts = model_facts(model, layouts.MODELS[model][0], layouts.config(model, 4))
+    return Layout(seq=16, settings=LayoutSection(pp_schedule=schedule), model=facts)
+
+
 def names_of_rank(model, rank, size, schedule):
     spec, config = layouts.MODELS[model][0], layouts.config(model, 4)
     with torch.device("meta"):
         built = spec.build(config)
-    setup = SimpleNamespace(pipeline=PipelineSetup(schedule=schedule))
-    PipelineParallel().apply(built, spec.plan(config), OneRank(rank, size), setup)
+    layout = of_schedule(model, schedule)
+    PipelineParallel().apply(built, spec.plan(config), OneRank(rank, size), layout)
     return {name for name, _ in built.named_parameters()}
 
 
@@ -134,22 +142,23 @@ def test_a_rank_without_attention_is_refused():
     spec, config = layouts.NAS, layouts.config("nemotron-nas")
     with torch.device("meta"):
         built = spec.build(config)
-    setup = SimpleNamespace(pipeline=PipelineSetup(schedule="1f1b"))
+    layout = of_schedule("nemotron-nas", "1f1b")
     with pytest.raises(UsageError, match="without any 'attention'.*lower --pp"):
-        PipelineParallel().apply(built, spec.plan(config), OneRank(1, 4), setup)
+        PipelineParallel().apply(built, spec.plan(config), OneRank(1, 4), layout)
 
 
 def test_attention_weighs_by_the_keys_it_sees():
     spec, config = layouts.LLAMA, layouts.config("llama", 4)
 
-    def sizes(scores):
+    def sizes(windows):
         with torch.device("meta"):
             built = spec.build(config)
-        setup = SimpleNamespace(pipeline=PipelineSetup(scores=scores))
-        return [len(stage) for stage in Cut.of(built, spec.plan(config), OneRank(0, 2), setup).blocks]
+        heads = [HeadShape.of(config)] * len(windows)
+        layout = Layout(seq=10**6, model=ModelFacts(layer_heads=heads, layer_windows=windows))
+        return [len(stage) for stage in Cut.of(built, spec.plan(config), OneRank(0, 2), layout).blocks]
 
     assert sizes(()) == [2, 2]
-    assert sizes((1e6, 0.0, 0.0, 0.0)) == [1, 3]
+    assert sizes((None, 1, 1, 1)) == [1, 3]
 
 
 def test_a_loss_may_be_differentiated_in_two_parts():
@@ -197,7 +206,7 @@ def torch_takes(schedule, pp, per_rank, microbatches):
             stage_index_to_group_rank=places,
             submod=torch.nn.Identity(),
         )
-        for index in stages_of(0, pp, PipelineSetup(schedule=schedule, virtual=per_rank))
+        for index in stages_of(0, pp, LayoutSection(pp_schedule=schedule, pp_virtual=per_rank))
     ]
     try:
         TORCH[schedule](mine[0] if schedule in ("1f1b", "gpipe") else mine, n_microbatches=microbatches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,16 +20,17 @@ from zoo.core.attention.mask import Mask
 from zoo.core.checkpoint import Checkpoints
 from zoo.core.contracts import (
     IGNORE,
-    AttentionProblem,
     ExpertShape,
     HeadShape,
-    LayoutRequest,
+    Layout,
+    ModelFacts,
     ParallelPlan,
-    Setup,
 )
+from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
 from zoo.core.inventory import cut_widths
-from zoo.core.mesh import Degrees, Mesh
+from zoo.core.job import LayoutSection
+from zoo.core.mesh import Mesh
 from zoo.models.common.loss import TokenLoss
 from zoo.plugins.parallel import tensor_ranks
 from zoo.plugins.parallel.tensor import TensorParallel
@@ -41,19 +41,10 @@ from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up, share_of
 WIDTHS = (("model.layers.*.mlp.gate_proj", 24), ("lm_head", 128_256))
 
 
-def request(*heads, tp=2, widths=WIDTHS, **more):
+def request(*heads, tp=2, widths=WIDTHS, experts=None, **more):
     shapes = [HeadShape(num_heads=n, num_kv_heads=g, head_dim=4) for n, g in heads]
-    problem = AttentionProblem(device="cpu", dtype="float64", head_dim=4, num_heads=1, num_kv_heads=1)
-    return LayoutRequest(
-        degrees={"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": tp, "ep": 1},
-        seq=64,
-        model="llama3",
-        config=SimpleNamespace(),
-        problem=problem,
-        heads=dict.fromkeys(shapes, 1),
-        widths=widths,
-        **more,
-    )
+    facts = ModelFacts(name="llama3", layer_heads=shapes, widths=widths, experts=experts)
+    return Layout(degrees=Degrees(tp=tp), seq=64, settings=LayoutSection(**more), model=facts)
 
 
 EXPERTS = ExpertShape(num_experts=4, hidden_size=16, intermediate_size=24)
@@ -125,7 +116,7 @@ class Unusual(nn.Module):
 def refusals():
     """On a rank: what is said of plans that cannot be followed."""
     mesh = Mesh(Degrees(tp=1), "cpu")
-    setup = Setup(seq=8, context=None, dtype="float64", master_dtype="float64")
+    layout = Layout(seq=8, dtype="float64")
     said = []
     for module, style in (
         (nn.Bilinear(2, 2, 2), "colwise"),
@@ -133,23 +124,23 @@ def refusals():
         (nn.Linear(2, 4), "vocab"),
     ):
         with pytest.raises(UsageError) as error:
-            TensorParallel().apply(Unusual(module), ParallelPlan(block="part", tensor={"part": style}), mesh, setup)
+            TensorParallel().apply(Unusual(module), ParallelPlan(block="part", tensor={"part": style}), mesh, layout)
         said.append(str(error.value))
     # Gradients of a norm of heads are parts, of one on the residual whole; which this one is, nobody says.
-    plan, setup = ParallelPlan(block="part"), replace(setup, sequence_parallel=False)
+    plan, layout = ParallelPlan(block="part"), Layout(seq=8, settings=LayoutSection(sequence_parallel=False))
     with pytest.raises(UsageError) as error:
-        TensorParallel().apply(Unusual(nn.RMSNorm(4)), plan, mesh, setup)
+        TensorParallel().apply(Unusual(nn.RMSNorm(4)), plan, mesh, layout)
     return [*said, str(error.value)]
 
 
 def others():
     """On a rank: whether a module that the plan does not cut stays, where it also cuts what is not here."""
     mesh = Mesh(Degrees(tp=1), "cpu")
-    setup = Setup(seq=8, context=None, dtype="float64", master_dtype="float64")
+    layout = Layout(seq=8, dtype="float64")
     plan, module = ParallelPlan(block="part", tensor={"part": "colwise", "head": "vocab"}), nn.Identity()
-    kept = [TensorParallel().apply(Unusual(module), plan, mesh, setup).part is module]
+    kept = [TensorParallel().apply(Unusual(module), plan, mesh, layout).part is module]
     plan, module = ParallelPlan(block="part"), nn.MultiheadAttention(2, 1)
-    kept.append(TensorParallel().apply(Unusual(module), plan, mesh, setup).part is module)
+    kept.append(TensorParallel().apply(Unusual(module), plan, mesh, layout).part is module)
     return kept
 
 

@@ -27,12 +27,12 @@ from zoo.core.launch import TRAINING, WorkerDied, launch
 from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
-from zoo.core.mesh import resolve_degrees
 from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
 from zoo.core.plugins import Plugins
 from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
+from zoo.core.resolve_degrees import resolve_degrees
 from zoo.core.sources import open_checkpoint
 from zoo.core.traffic_report import Report, report
 from zoo.core.train import joined, train, train_prepared
@@ -124,13 +124,13 @@ def _one_at_a_time() -> Iterator[None]:
 def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> Path:
     """Train in this process, or in ranks that are started here."""
     prepared = ready(plugins, model, flags)
-    job, out, ranks = prepared.job, prepared.out, prepared.degrees.world_size
+    job, out, ranks = prepared.job, prepared.out, prepared.layout.degrees.world_size
     for line in head(prepared):
         say(line)
     if _is_done(prepared, say):
         return out
     if job.log.peak_tflops is None:
-        job = job.replace("log", peak_tflops=peak_tflops(prepared.setup.dtype, ranks))
+        job = job.replace("log", peak_tflops=peak_tflops(prepared.layout.dtype, ranks))
     if ranks == 1:
         return train(job, plugins, Heart())
     launch(
@@ -160,7 +160,7 @@ def _joined(
                 return prepared.out
             # On a CPU the peak is measured, which the ranks would do all at once.
             if prepared.job.log.peak_tflops is None and accelerator_type():
-                peak = peak_tflops(prepared.setup.dtype, outer.world_size)
+                peak = peak_tflops(prepared.layout.dtype, outer.world_size)
                 prepared = replace(prepared, job=prepared.job.replace("log", peak_tflops=peak))
             return train_prepared(prepared, registry, signals, heart, device)
     except RuntimeError as error:
@@ -211,9 +211,9 @@ def _chosen_layout(
     machine = Machine(
         ranks=nodes[0] * nodes[1], said="these nodes are", per_node=nodes[1], memory=int(gpu_memory * 1e9)
     )
-    job, case = elsewhere(with_recipe(registry, *from_flags(model, flags)), registry, machine)
-    job, notes = with_degrees(job, case)
-    degrees = case.agreed(job).degrees
+    job, resolver = elsewhere(with_recipe(registry, *from_flags(model, flags)), registry, machine)
+    job, notes = with_degrees(job, resolver)
+    degrees = resolver.resolve(job).layout.degrees
     why = "\n".join(line for topic, sentence in notes for line in wrapped(topic, sentence, columns()))
     return f"{why}\n\n{draw_text(degrees, nodes[1], columns())}", draw_svg(degrees, nodes[1])
 

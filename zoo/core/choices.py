@@ -12,10 +12,10 @@ from zoo.core.contracts import (
     ModelConfig,
     ParallelAdapter,
 )
+from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type, memory_bytes, num_cores
 from zoo.core.errors import UsageError
 from zoo.core.job import Job
-from zoo.core.mesh import Degrees
 from zoo.core.plugins import PluginStatus
 from zoo.core.registry import Registry
 from zoo.core.state_memory import BYTES

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from zoo.core.contracts import ModelEntry
+from zoo.core.degrees import AXES, Degrees
 from zoo.core.errors import DataError, UsageError
 from zoo.core.flags import from_flags
 from zoo.core.job import Job, LayoutSection
 from zoo.core.machine import Machine
-from zoo.core.mesh import AXES, Degrees, resolve_degrees
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import prepare, with_recipe
 from zoo.core.registry import Registry
+from zoo.core.resolve_degrees import resolve_degrees
 from zoo.core.sources import SCRATCH, open_origin
 
 

@@ -11,74 +11,76 @@ from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.choices import first_reason
-from zoo.core.contracts import AttentionProblem, ContextScheme, Forecast, LayoutRequest
+from zoo.core.contracts import AttentionProblem, ContextScheme, Forecast, Layout
 from zoo.core.device import attention_flops, link_bytes
 from zoo.core.errors import LayoutError, UsageError
-from zoo.core.job import Job
+from zoo.core.job import Job, LayoutSection
 from zoo.core.registry import Registry
 from zoo.core.units import format_bytes, format_duration
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tuple[dict[int | None, ContextScheme], str]:
+def choose_schemes(
+    registry: Registry, layout: Layout, mask: str = "causal"
+) -> tuple[dict[int | None, ContextScheme], str]:
     """The scheme for each window that layers of the model have, and a sentence on them; empty without `--cp`.
 
     `--cp-scheme A` means all layers, `A,B` those without and with a window. Raises UsageError if one cannot run.
     """
-    plain, windowed = _wanted(job, registry)
-    degree = request.degrees["cp"]
+    plain, windowed = _wanted(layout.settings, registry)
+    degree = layout.degrees.cp
     if degree == 1:
         return {}, ""
     schemes: dict[int | None, ContextScheme] = {}
     notes = []
-    narrow = sorted(window for window in request.windows if window is not None)
-    for windows, wanted in (([None] if None in request.windows else [], plain), (narrow, windowed)):
+    narrow = sorted(window for window in layout.model.windows if window is not None)
+    for windows, wanted in (([None] if None in layout.model.windows else [], plain), (narrow, windowed)):
         if not windows:
             continue
         # The widest window stands for all, so that two names say everything.
-        window, layers = windows[-1], sum(request.windows[window] for window in windows)
+        window, layers = windows[-1], sum(layout.model.windows[window] for window in windows)
         if wanted == "auto":
-            scheme, why = _choose(job, registry, request, window)
+            scheme, why = _choose(registry, layout, mask, window)
         else:
-            scheme, why = _asked_for(registry, request, wanted, degree), "asked for"
+            scheme, why = _asked_for(registry, layout, wanted, degree), "asked for"
         schemes |= dict.fromkeys(windows, scheme)
         kind = f" of window {', '.join(map(str, windows))}" if window is not None else ""
-        where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(request.windows) > 1 or kind else ""
+        where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(layout.model.windows) > 1 or kind else ""
         notes.append(f"{scheme.name}{where} ({why})")
     return schemes, " and ".join(notes)
 
 
-def able_schemes(job: Job, registry: Registry, request: LayoutRequest) -> dict[int | None, ContextScheme]:
+def able_schemes(registry: Registry, layout: Layout) -> dict[int | None, ContextScheme]:
     """A scheme that can for each window that layers have, without weighing them; empty without `--cp`.
 
     Raises LayoutError if there is none, or if the one asked for cannot.
     """
-    plain, windowed = _wanted(job, registry)
-    degree = request.degrees["cp"]
+    plain, windowed = _wanted(layout.settings, registry)
+    degree = layout.degrees.cp
     if degree == 1:
         return {}
     return {
-        window: _first_able(registry, request)
+        window: _first_able(registry, layout)
         if (wanted := plain if window is None else windowed) == "auto"
-        else _asked_for(registry, request, wanted, degree)
-        for window in request.windows
+        else _asked_for(registry, layout, wanted, degree)
+        for window in layout.model.windows
     }
 
 
-def _first_able(registry: Registry, request: LayoutRequest) -> ContextScheme:
+def _first_able(registry: Registry, layout: Layout) -> ContextScheme:
     reasons = []
     for name in registry.context_schemes.names():
         scheme = load_scheme(registry, name)
-        reason = _reason(scheme, request)
+        reason = _reason(scheme, layout)
         if reason is None:
             return scheme
         reasons.append(reason)
-    raise LayoutError(reasons[0] if reasons else _no_scheme(request))
+    raise LayoutError(reasons[0] if reasons else _no_scheme(layout))
 
 
-def _no_scheme(request: LayoutRequest) -> str:
-    return f"--cp {request.degrees['cp']} needs a context scheme and no plugin provides one; see `zoo plugins`"
+def _no_scheme(layout: Layout) -> str:
+    return f"--cp {layout.degrees.cp} needs a context scheme and no plugin provides one; see `zoo plugins`"
 
 
 def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
@@ -115,25 +117,25 @@ def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
     return target(argument)
 
 
-def forecasts(
-    schemes: Mapping[str, ContextScheme], request: LayoutRequest, mask: Mask, *, balance: str, wire: str | None
-) -> dict[str, Forecast]:
+def forecasts(schemes: Mapping[str, ContextScheme], layout: Layout, mask: Mask) -> dict[str, Forecast]:
     """What each scheme would cost a layer that sees `mask`, of the heads most have. A few ranks stand for all."""
-    degree, problem = request.degrees["cp"], request.problem
+    degree, problem = layout.degrees.cp, layout.problems[0]
     some, row = sorted({0, degree // 2, degree - 1}), replace(mask, window=None)
     found = {}
     for name, scheme in schemes.items():
-        layout = row_layout(row, request.windows, degree, balance=balance, splits_rows=scheme.splits_rows)
-        speed = rates(problem, degree, wire)
-        found[name] = forecast(scheme, mask, layout, problem.heads, speed, ranks=some)
+        places = row_layout(
+            row, layout.model.windows, degree, balance=layout.settings.cp_balance, splits_rows=scheme.splits_rows
+        )
+        speed = rates(problem, degree, layout.settings.cp_wire)
+        found[name] = forecast(scheme, mask, places, problem.heads, speed, ranks=some)
     return found
 
 
-def _wanted(job: Job, registry: Registry) -> tuple[str, str]:
-    parts = [part.strip() for part in job.layout.cp_scheme.split(",")]
+def _wanted(settings: LayoutSection, registry: Registry) -> tuple[str, str]:
+    parts = [part.strip() for part in settings.cp_scheme.split(",")]
     if len(parts) > 2:
         raise UsageError(
-            f"--cp-scheme {job.layout.cp_scheme}: one scheme for all layers, or two: without and with a window"
+            f"--cp-scheme {settings.cp_scheme}: one scheme for all layers, or two: without and with a window"
         )
     for part in parts:
         if part != "auto":
@@ -141,29 +143,29 @@ def _wanted(job: Job, registry: Registry) -> tuple[str, str]:
     return parts[0], parts[-1]
 
 
-def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: int) -> ContextScheme:
+def _asked_for(registry: Registry, layout: Layout, wanted: str, degree: int) -> ContextScheme:
     scheme = load_scheme(registry, wanted)
-    reason = _reason(scheme, request)
+    reason = _reason(scheme, layout)
     if reason is not None:
         raise LayoutError(f"--cp-scheme {wanted} with --cp {degree}: {reason}")
     return scheme
 
 
-def _reason(scheme: ContextScheme, request: LayoutRequest) -> str | None:
+def _reason(scheme: ContextScheme, layout: Layout) -> str | None:
     """Why it cannot carry every kind of layer; None if it can."""
-    degree = request.degrees["cp"]
-    return first_reason(scheme.check(problem, request.seq, degree) for problem in request.problems)
+    degree = layout.degrees.cp
+    return first_reason(scheme.check(problem, layout.seq, degree) for problem in layout.problems)
 
 
-def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:
+def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -> tuple[ContextScheme, str]:
     schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
-    reasons = {name: _reason(scheme, request) for name, scheme in schemes.items()}
+    reasons = {name: _reason(scheme, layout) for name, scheme in schemes.items()}
     able = {name: scheme for name, scheme in schemes.items() if reasons[name] is None}
     if not able:
-        raise LayoutError(next(iter(reasons.values()), None) or _no_scheme(request))
-    mask = Mask.whole(request.seq, causal=job.attention.mask != "full").with_window(window)
-    costs = forecasts(able, request, mask, balance=job.layout.cp_balance, wire=job.layout.cp_wire)
-    name = registry.select_context_scheme(request, window, costs) or min(costs, key=lambda n: costs[n].seconds)
+        raise LayoutError(next(iter(reasons.values()), None) or _no_scheme(layout))
+    mask = Mask.whole(layout.seq, causal=kind != "full").with_window(window)
+    costs = forecasts(able, layout, mask)
+    name = registry.select_context_scheme(layout, window, costs) or min(costs, key=lambda n: costs[n].seconds)
     by = registry.decider("zoo_select_context_scheme")
     others = sorted((n for n in costs if n != name), key=lambda n: costs[n].seconds)
     said = [f"forecast for a layer and one document: {describe(costs[name])}"]

@@ -8,7 +8,7 @@ H head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -40,12 +40,15 @@ from zoo.core.formats import (
     TensorSource as TensorSource,
     Tracker as Tracker,
 )
+from zoo.core.layout import (
+    Layout as Layout,
+    ModelFacts as ModelFacts,
+)
 from zoo.core.plan import (
     BlockShape as BlockShape,
     ExpertShape as ExpertShape,
     Losses as Losses,
     ParallelPlan as ParallelPlan,
-    PipelineSetup as PipelineSetup,
     SeamName as SeamName,
     TensorStyle as TensorStyle,
 )
@@ -248,20 +251,6 @@ class Forecast:
     """Of these, what computation alone would take on the busiest rank."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextSetup:
-    """How rows are shared out over `cp`, as chosen."""
-
-    schemes: Mapping[int | None, ContextScheme]
-    """By the sliding window of a layer."""
-    windows: Mapping[int | None, int]
-    """How many layers have which window."""
-    balance: str = "auto"
-    """auto, head-tail, balanced or contiguous."""
-    wire: str | None = None
-    """Type in which numbers travel, if not their own."""
-
-
 # Layout and memory --------------------------------------------------------------------------------
 
 Part = Literal["weights", "gradients", "optimizer"]
@@ -284,67 +273,6 @@ class Phase(IntEnum):
     """Data parallel last: it must see the final parameters."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutRequest:
-    """A layout to be checked on the host, before any process starts."""
-
-    degrees: Mapping[str, int]
-    """Mesh axis to degree."""
-    seq: int
-    """Global length of a row in tokens."""
-    micro_batch: int = 1
-    """Rows that a rank's forward sees at once, laid end to end."""
-    model: str
-    config: ModelConfig
-    problem: AttentionProblem
-    """Of the heads that most layers have, as a rank of `tp` holds them."""
-    heads: Mapping[HeadShape, int] = field(default_factory=dict)
-    """How many layers have which heads, in whole, the problem's first; empty where all have the problem's."""
-    windows: Mapping[int | None, int] = field(default_factory=dict)
-    """How many layers have which sliding window; None is no window."""
-    schemes: Mapping[int | None, ContextScheme] = field(default_factory=dict)
-    """The context scheme of layers by their window; empty without context parallelism."""
-    experts: ExpertShape | None = None
-    """The model's experts, if it has any."""
-    pipeline: PipelineSetup = field(default_factory=PipelineSetup)
-    widths: Sequence[tuple[str, int]] = ()
-    """Modules that the plan's `tensor` cuts, as globs, and how long the dim is that is cut; empty without `tp`."""
-    sequence_parallel: bool = True
-    """Whether `tp` also cuts what sees tokens one by one."""
-    reshard: bool = True
-    """Whether a block's weights are to be given up after its forward."""
-    overlap_tensor: bool = False
-    """Whether products of `tp` overlap their messages."""
-
-    @property
-    def problems(self) -> tuple[AttentionProblem, ...]:
-        """The attention of every kind of layer, as a rank of `tp` holds it."""
-        degree = self.degrees.get("tp", 1)
-        return tuple(self.problem.of(heads.over(degree)) for heads in self.heads) or (self.problem,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What was chosen for this run, handed to adapters."""
-
-    seq: int
-    context: ContextSetup | None
-    dtype: str
-    """Type of the arithmetic."""
-    master_dtype: str
-    """Type of the weights, of their gradients' sums and of the optimizer state."""
-    data_parallel: str = "fsdp"
-    """The adapter that decides how weights live over dp_replicate x dp_shard x cp."""
-    keeps_weights_for_a_step: bool = False
-    """What that adapter says of itself."""
-    reshard: bool = True
-    pipeline: PipelineSetup = field(default_factory=PipelineSetup)
-    sequence_parallel: bool = True
-    """Whether tensor parallelism cuts the residual on tokens."""
-    overlap_tensor: bool = False
-    """Whether products of `tp` overlap their messages."""
-
-
 class ParallelAdapter:
     """Base class of adapters: how one kind of parallelism changes a built model, from outside.
 
@@ -358,24 +286,24 @@ class ParallelAdapter:
     keeps_weights_for_a_step: ClassVar[bool] = False
     """Whether weights stay whole, and gradients stay on their rank, until a step's last backward."""
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """Return None, or why this layout cannot work. Host only and cheap: it is asked often."""
         return None
 
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+    def applies(self, layout: Layout) -> bool:
         """Return whether there is anything to do: by default, whether one of its axes has more than one rank."""
-        return any(degrees[axis] > 1 for axis in self.axes)
+        return any(layout.degrees[axis] > 1 for axis in self.axes)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Change the model in place, or wrap it, for this rank. Called only if the adapter applies."""
         return model
 
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+    def shard_batch(self, batch: Batch, mesh: Mesh, layout: Layout) -> Batch:
         """Return this rank's part of a batch. By default all ranks of its axes get the same."""
         return batch
 
     def forward_backward(
-        self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup
+        self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout
     ) -> ForwardBackward | None:
         """Return the adapter's own order of forward and backward, for the model that `apply` and all later adapters
         left; None leaves core's order, one microbatch after another."""
@@ -384,10 +312,10 @@ class ParallelAdapter:
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Prepare for a microbatch's forward, with the built model. `last` says whether it is the step's last."""
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+    def complete_gradients(self, model: nn.Module, mesh: Mesh, layout: Layout) -> None:
         """Add up in place what gradients lack after a step's last backward. Called before their norm is taken."""
 
-    def whole(self, setup: Setup) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[Part]:
         """Return what every rank holds whole for a step, not cut over dp_shard x cp.
 
         `weights` are those of the arithmetic's type. Only a data-parallel adapter has something to say.

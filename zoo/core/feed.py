@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from zoo.core.batch import Batch, Row, collate, row_mask
-from zoo.core.contracts import ParallelAdapter, Setup
+from zoo.core.contracts import Layout, ParallelAdapter
+from zoo.core.degrees import PEER_AXES
 from zoo.core.errors import ZooError
-from zoo.core.mesh import PEER_AXES, Degrees, Mesh
+from zoo.core.mesh import Mesh
 
 if TYPE_CHECKING:
     from zoo.core.rows import RowStream
@@ -62,27 +63,21 @@ class Feed:
         stream: RowStream | None,
         *,
         mesh: Mesh,
-        degrees: Degrees,
+        layout: Layout,
         adapters: Sequence[ParallelAdapter],
-        setup: Setup,
-        global_batch: int,
-        micro_batch: int,
         steps: int,
         mask: str = "causal",
-        windows: Mapping[int | None, int] | None = None,
     ) -> None:
         self.stream = stream
         self.mesh = mesh
         self.adapters = adapters
-        self.setup = setup
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
+        self.layout = layout
         self.mask = mask
-        self.windows = windows or {None: 1}
+        self.windows = layout.model.windows or {None: 1}
         self._left = steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        per_rank = global_batch // degrees.dp
-        first = (mesh.rank("dp_replicate") * degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
+        per_rank = layout.microbatches * layout.micro_batch
+        first = (mesh.rank("dp_replicate") * layout.degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
         self.mine = slice(first, first + per_rank)
         # Last, for the thread sets out at once.
         self._next = self._submit()
@@ -122,7 +117,8 @@ class Feed:
         if isinstance(message, ZooError):
             raise message
         rows, trained_tokens, document_tokens, mean_visible_keys = message
-        microbatches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        size = self.layout.micro_batch
+        microbatches = [rows[i : i + size] for i in range(0, len(rows), size)]
         return StepData(
             batches=[self._batch(part) for part in microbatches],
             trained_tokens=trained_tokens,
@@ -136,7 +132,7 @@ class Feed:
         if self.stream is None:
             return None
         try:
-            rows = self.stream.take(self.global_batch)
+            rows = self.stream.take(self.layout.global_batch)
         except ZooError as error:
             return error
         seen = sum(self._visible(row) for row in rows)
@@ -153,7 +149,7 @@ class Feed:
     def _batch(self, rows: Sequence[Row]) -> Batch:
         batch = collate(rows, mask=self.mask)
         for adapter in self.adapters:
-            batch = adapter.shard_batch(batch, self.mesh, self.setup)
+            batch = adapter.shard_batch(batch, self.mesh, self.layout)
         return batch
 
     def _share(self, message: Any) -> Any:

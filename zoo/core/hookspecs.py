@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         DataFormatEntry,
         DataSource,
         Forecast,
-        LayoutRequest,
+        Layout,
         MemoryPolicyEntry,
         ModelEntry,
         ParallelAdapterEntry,
@@ -89,9 +89,7 @@ def zoo_select_attention(problem: AttentionProblem, candidates: Sequence[str]) -
 
 
 @hookspec(firstresult=True)
-def zoo_select_context_scheme(
-    request: LayoutRequest, window: int | None, candidates: Mapping[str, Forecast]
-) -> str | None:
+def zoo_select_context_scheme(layout: Layout, window: int | None, candidates: Mapping[str, Forecast]) -> str | None:
     """Choose for layers with a sliding window (or none) among the schemes that can, for `--cp-scheme auto`."""
 
 
@@ -126,7 +124,7 @@ def zoo_open_data(uri: str) -> DataSource | None:
 
 
 @hookspec
-def zoo_check_layout(request: LayoutRequest) -> str | None:
+def zoo_check_layout(layout: Layout) -> str | None:
     """Return a sentence saying why this layout must not run, or None. Any plugin may object."""
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.core.contracts import BlockShape, HubCheckpoint, ModelSpec, ParallelPlan, TensorSource
+from zoo.core.contracts import BlockShape, HubCheckpoint, ModelFacts, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 from zoo.core.seams import find, matches
-from zoo.core.state_memory import ModelValues, Values
+from zoo.core.values import ModelValues, Values
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and no model reads."""
@@ -126,6 +126,23 @@ def _other_settings(source: TensorSource, spec: ModelSpec, config: Any) -> Itera
     }
     if len(rows) == 1 and rows != {config.vocab_size}:
         yield "vocab_size", rows.pop()
+
+
+def model_facts(name: str, spec: ModelSpec, config: Any) -> ModelFacts:
+    """Return what a layout must know of a model; nothing is allocated. Raises UsageError if a glob matches nothing."""
+    model, plan = meta_model(spec, config), spec.plan(config)
+    blocks, last_values = block_shapes(model, plan)
+    return ModelFacts(
+        name=name,
+        config=config,
+        layer_heads=tuple(spec.heads(config)),
+        layer_windows=tuple(spec.windows(config)),
+        experts=spec.experts(config),
+        widths=cut_widths(spec, config, model=model),
+        blocks=blocks,
+        last_values=last_values,
+        values=model_values(model, plan),
+    )
 
 
 def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) -> list[tuple[str, int]]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zoo.core.contracts import MemoryPolicy
+from zoo.core.degrees import AXES, Degrees
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.job import Job, LayoutSection
-from zoo.core.layout_check import LayoutCase, parts_whole
 from zoo.core.layout_search import nearest
 from zoo.core.machine import Machine
-from zoo.core.mesh import AXES, Degrees, check_degrees, resolve_degrees
+from zoo.core.resolve import Resolver, parts_whole
+from zoo.core.resolve_degrees import check_degrees, resolve_degrees
 from zoo.core.state_memory import BYTES, gathered_bytes, state_bytes, uneven
 from zoo.core.units import format_bytes, format_count
 
@@ -55,24 +56,25 @@ class Need:
         )
 
 
-def with_degrees(job: Job, case: LayoutCase) -> tuple[Job, Notes]:
+def with_degrees(job: Job, resolver: Resolver) -> tuple[Job, Notes]:
     """The job with every degree chosen, and a line on each axis.
 
     Raises FitError with the number of devices it would take, LayoutError if what was given cannot be completed.
     """
-    search = _Search(job, case)
+    search = _Search(job, resolver)
     found = search.first()
     if found is not None:
         chosen, degrees = found
         return chosen, search.reasons(degrees)
     if search.refused is not None:
         raise search.refusal()
-    least = _least_devices(job, case)
-    ranks, memory = search.ranks, case.machine.rank_memory(search.ranks)
+    least = _least_devices(job, resolver)
+    ranks, memory = search.ranks, resolver.machine.rank_memory(search.ranks)
     assert memory is not None, "without memory everything fits"
     tightest = search.tightest
-    what = f"{case.name} with {format_count(sum(case.values.total))} parameters on rows of {job.data.seq:,} tokens"
-    none = "and more ranks share its memory" if case.machine.shared else f"nor {_MOST_DEVICES:,} of them"
+    count = format_count(sum(resolver.model.values.total))
+    what = f"{resolver.model.name} with {count} parameters on rows of {job.data.seq:,} tokens"
+    none = "and more ranks share its memory" if resolver.machine.shared else f"nor {_MOST_DEVICES:,} of them"
     enough = f"it takes {least}" if least else none
     need = f" (at best {tightest[1].describe()}: {tightest[0]} a rank)" if tightest else ""
     raise FitError(
@@ -84,14 +86,14 @@ def with_degrees(job: Job, case: LayoutCase) -> tuple[Job, Notes]:
 class _Search:
     """All layouts of so many ranks, in the order in which they are wanted."""
 
-    def __init__(self, job: Job, case: LayoutCase) -> None:
-        self.job, self.case = job.replace("layout", degrees=None), case
+    def __init__(self, job: Job, resolver: Resolver) -> None:
+        self.job, self.resolver = job.replace("layout", degrees=None), resolver
         self.given = self.job.layout
         self.refused: LayoutError | None = None
         """What the check said to the first layout that would have fitted."""
         self.tightest: tuple[Need, Degrees] | None = None
         check_degrees(self.given)
-        machine = case.machine
+        machine = resolver.machine
         # Where there are no accelerators and nobody says how many ranks, there are as many as was asked for.
         self.ranks = machine.ranks or machine.most or _asked_for(self.given)
         self.per_node = min(machine.per_node or self.ranks, self.ranks)
@@ -121,7 +123,7 @@ class _Search:
         """The job with these degrees if nobody refuses them; the first refusal is kept."""
         job = self.job.replace("layout", **degrees.mapping())
         try:
-            self.case.check(job)
+            self.resolver.check(job)
         except FitError:
             return None
         except LayoutError as error:
@@ -132,7 +134,7 @@ class _Search:
     def _misfit(self) -> LayoutError | None:
         """Whether what was given fills the ranks, whatever the rest is."""
         given = {axis: degree for axis in AXES if (degree := getattr(self.given, axis)) is not None}
-        fixed, machine = math.prod(given.values()), self.case.machine
+        fixed, machine = math.prod(given.values()), self.resolver.machine
         if self.ranks % fixed == 0:
             return None
         asked = " x ".join(f"--{axis.replace('_', '-')} {degree}" for axis, degree in given.items())
@@ -144,8 +146,8 @@ class _Search:
         assert self.refused is not None
         again = nearest(
             self.job,
-            lambda job: _Search(job, self.case).first() is not None,
-            self.case.machine,
+            lambda job: _Search(job, self.resolver).first() is not None,
+            self.resolver.machine,
             only_given=True,
         )
         hint = f"nearest that works: {' or '.join(again)}" if again else self.refused.hint
@@ -180,7 +182,7 @@ class _Search:
 
     def _expert_degrees(self, ranks: int, tp: int) -> list[int]:
         """The most that divide experts and ranks and stay on a machine, down to one."""
-        shape = self.case.spec.experts(self.case.config)
+        shape = self.resolver.model.experts
         if shape is None:
             return [1]
         able = [d for d in _divisors(ranks) if shape.num_experts % d == 0 and d * tp <= self.per_node]
@@ -188,11 +190,11 @@ class _Search:
 
     def need(self, degrees: Degrees) -> Need:
         """What a rank of a layout is estimated to hold at most."""
-        return _need(self.job, self.case, degrees, self._policies)
+        return _need(self.job, self.resolver, degrees, self._policies)
 
     @cached_property
     def _policies(self) -> Sequence[MemoryPolicy]:
-        registry, wanted = self.case.registry, self.job.memory.policy
+        registry, wanted = self.resolver.registry, self.job.memory.policy
         names = registry.memory_policies.names() if wanted == "auto" else [wanted]
         return [registry.memory_policies.load(name)() for name in names]
 
@@ -206,7 +208,7 @@ class _Search:
             "tp": self._why(chosen, tp=1),
             "cp": f"{self._tokens(chosen):,} tokens a rank; {self._why(chosen, cp=_below(chosen.cp))}",
         }
-        if self.case.spec.experts(self.case.config) is not None:
+        if self.resolver.model.experts is not None:
             said["ep"] = "the most that divides experts and dp_shard x cp on one machine"
         said["dp_shard"] = f"the rest of {self.ranks} ranks" + (
             f", which shards the state over dp_shard x cp = {chosen.dp_shard * chosen.cp}" if chosen.cp > 1 else ""
@@ -231,41 +233,42 @@ class _Search:
     def _objection(self, degrees: Degrees) -> str | None:
         """What the check says to a layout."""
         try:
-            self.case.check(self.job.replace("layout", **degrees.mapping()))
+            self.resolver.check(self.job.replace("layout", **degrees.mapping()))
         except (LayoutError, FitError) as error:
             return f"else {error.reason if isinstance(error, LayoutError) else error}"
         return None
 
 
-def _need(job: Job, case: LayoutCase, degrees: Degrees, policies: Sequence[MemoryPolicy]) -> Need:
+def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Sequence[MemoryPolicy]) -> Need:
     """The estimate: state as the adapter cuts it, what is gathered beside it, and what a microbatch keeps."""
-    setup, adapters = case.applied(job, degrees)
-    value = BYTES[setup.dtype]
-    whole = parts_whole(adapters, setup)
+    layout, adapters = resolver.unchecked(job, degrees)
+    value = BYTES[layout.dtype]
+    whole = parts_whole(layout, adapters)
+    config = layout.model.config
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
-    per_rank = -(-tokens // (degrees.tp if setup.sequence_parallel else 1))
-    saved = min((policy.saved_bytes(case.config, per_rank, value) for policy in policies), default=0)
+    per_rank = -(-tokens // (degrees.tp if layout.settings.sequence_parallel else 1))
+    saved = min((policy.saved_bytes(config, per_rank, value) for policy in policies), default=0)
     # A stage has its part of the blocks, and as many microbatches in flight as there are stages.
-    head = case.config.vocab_size * case.config.hidden_size / degrees.tp
-    logits = 4 * min(tokens * case.config.vocab_size / degrees.tp, 1 << 27) + 4 * head
+    head = config.vocab_size * config.hidden_size / degrees.tp
+    logits = 4 * min(tokens * config.vocab_size / degrees.tp, 1 << 27) + 4 * head
     cut = bool(adapters) and "weights" not in whole
     return Need(
-        state=state_bytes(case.values, degrees, setup, whole) * uneven(case.values, degrees.pp),
-        gathered=gathered_bytes(case.values, degrees, setup) if cut else 0.0,
+        state=state_bytes(layout, whole) * uneven(layout.model.values, degrees.pp),
+        gathered=gathered_bytes(layout) if cut else 0.0,
         rows=saved + logits,
     )
 
 
-def _least_devices(job: Job, case: LayoutCase) -> str | None:
+def _least_devices(job: Job, resolver: Resolver) -> str | None:
     """The fewest devices that would do, doubling; None if none would."""
-    machine = case.machine
+    machine = resolver.machine
     ranks = 1
     while ranks <= _MOST_DEVICES and not machine.shared:
         # One machine that is not full could be.
         here, there = machine.per_node or _PEERS, machine.ranks or machine.most or 1
         peers = here if there > here else max(here, _PEERS)
         more = Machine(ranks=ranks, per_node=min(ranks, peers), memory=machine.memory)
-        if _Search(job, case.on(more)).first() is not None:
+        if _Search(job, resolver.on(more)).first() is not None:
             return f"{ranks:,} of them"
         ranks *= 2
     return None

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+from zoo.core.degrees import AXES
 from zoo.core.flags import FLAGS
 from zoo.core.job import DataSection, Job, LayoutSection
 from zoo.core.machine import Machine
-from zoo.core.mesh import AXES
 
 _DEGREES = (*AXES, "ep")
 _SHOWN = 2

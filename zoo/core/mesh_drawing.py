@@ -7,8 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
-from zoo.core.mesh import AXES, Degrees
-from zoo.core.mesh_groups import drawn_axes, groups
+from zoo.core.degrees import AXES, Degrees, drawn_axes, groups
 
 _GRID_RANKS = 16
 """With more ranks, lines of a grid no longer fit a terminal."""

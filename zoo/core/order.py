@@ -10,7 +10,7 @@ from torch import nn
 
 from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
-from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.contracts import AttentionBackend, Layout, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne
 from zoo.core.seams import find, swap
 
@@ -23,7 +23,7 @@ def build(
     config: Any,
     *,
     mesh: Mesh,
-    setup: Setup,
+    layout: Layout,
     backend: AttentionBackend,
     adapters: Sequence[ParallelAdapter],
     policy: MemoryPolicy,
@@ -34,13 +34,13 @@ def build(
     `adapters` are those that apply. Raises UsageError if a glob of the plan matches nothing.
     """
     with torch.device("meta"):
-        model = spec.build(config).to(getattr(torch, setup.master_dtype))
+        model = spec.build(config).to(getattr(torch, layout.master_dtype))
     plan = spec.plan(config)
     for glob in (plan.block, *plan.tensor, *plan.expert, *plan.seams.values(), *plan.first, *plan.last):
         find(model, glob)
     swap(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
-        (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, setup)) for adapter in adapters
+        (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, layout)) for adapter in adapters
     ]
     steps.append((Phase.RECOMPUTE, policy.name, lambda m: policy.apply(m, plan)))
     for _phase, _name, apply in sorted(steps, key=lambda step: step[:2]):
@@ -51,13 +51,13 @@ def build(
 
 
 def forward_backward(
-    model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, setup: Setup, adapters: Sequence[ParallelAdapter]
+    model: nn.Module, plan: ParallelPlan, *, mesh: Mesh, layout: Layout, adapters: Sequence[ParallelAdapter]
 ) -> ForwardBackward:
     """Return how a built model is stepped: in the order of the adapter that has one, else one microbatch after another.
 
     Whatever the order, every adapter completes its gradients at the end of the step.
     """
-    orders = (adapter.forward_backward(model, plan, mesh, setup) for adapter in adapters)
+    orders = (adapter.forward_backward(model, plan, mesh, layout) for adapter in adapters)
     order = next((order for order in orders if order is not None), None)
 
     def begin_microbatch(last: bool) -> None:
@@ -66,7 +66,7 @@ def forward_backward(
 
     def complete_gradients() -> None:
         for adapter in adapters:
-            adapter.complete_gradients(model, mesh, setup)
+            adapter.complete_gradients(model, mesh, layout)
 
     return Completed(order or OneByOne(begin_microbatch), complete_gradients)
 

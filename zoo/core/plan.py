@@ -57,23 +57,6 @@ class BlockShape:
     """Those that lie in it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineSetup:
-    """How the blocks of a model are dealt out over `pp`, as chosen."""
-
-    schedule: str = "1f1b"
-    virtual: int | None = None
-    """Stages a rank; None: as few as the schedule needs."""
-    microbatches: int = 1
-    """Of a step, on each data-parallel rank."""
-    scores: tuple[float, ...] = ()
-    """Of each attention layer, what a token's scores cost beside a weight matrix: twice width times keys seen."""
-    blocks: tuple[BlockShape, ...] = ()
-    """In order; empty without a pipeline."""
-    last_values: int = 0
-    """Values of the matrices that only the last stage needs."""
-
-
 class Losses(NamedTuple):
     """What a model returns with labels if it has more to say than the sum of its token losses.
 

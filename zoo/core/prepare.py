@@ -17,21 +17,22 @@ from zoo.core.context_choice import choose_schemes, settled
 from zoo.core.contracts import (
     AttentionBackend,
     HubCheckpoint,
+    Layout,
     MemoryPolicy,
     ModelEntry,
     ModelSpec,
     ParallelAdapter,
-    Setup,
 )
+from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type
 from zoo.core.errors import UsageError
+from zoo.core.inventory import model_facts
 from zoo.core.job import Job, Settings
 from zoo.core.layout_auto import with_degrees
-from zoo.core.layout_check import LayoutCase, context_setup
 from zoo.core.machine import Machine
-from zoo.core.mesh import Degrees
 from zoo.core.published import Trained, generation_ends, hub_files
 from zoo.core.registry import Registry
+from zoo.core.resolve import Resolver
 from zoo.core.rows import RowStream, open_rows, open_source
 from zoo.core.sources import Origin, open_origin
 from zoo.core.suggest import did_you_mean
@@ -66,12 +67,8 @@ class Prepared:
     config: Any
     hub_config: Mapping[str, Any]
     """config.json of the model as trained, for checkpoints and export."""
-    degrees: Degrees
-    global_batch: int
-    setup: Setup
+    layout: Layout
     backend: AttentionBackend
-    windows: Mapping[int | None, int]
-    """How many layers have which sliding window."""
     adapters: Sequence[ParallelAdapter]
     policy: MemoryPolicy
     notes: Sequence[tuple[str, str]]
@@ -166,29 +163,27 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
     job, hub_config, config, longer = _for_length(job, origin, registry)
     _check_windows(job, origin, config)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
-    case = LayoutCase(
+    resolver = Resolver(
         registry=registry,
         machine=machine or Machine.here(world_size=world_size, nproc=job.launch.nproc),
-        name=origin.entry.name,
-        spec=origin.spec,
-        config=config,
+        model=model_facts(origin.entry.name, origin.spec, config),
         dtype=dtype,
         deterministic=job.model.deterministic,
     )
-    job, why_degrees = with_degrees(job, case) if job.layout.degrees == "auto" else (job, ())
-    agreed = case.agreed(job)
-    job, degrees, request = agreed.job, agreed.degrees, agreed.request
-    backend, why_backend = choose_attention(job, registry, request.problems)
-    schemes, why_schemes = choose_schemes(job, registry, request)
-    setup = replace(agreed.setup, context=context_setup(job, schemes, request.windows))
-    policy, why_policy = choose_policy(job, registry, config, degrees, dtype)
-    job = settled(_settled(job, dtype, degrees, backend, policy), schemes)
+    job, why_degrees = with_degrees(job, resolver) if job.layout.degrees == "auto" else (job, ())
+    resolved = resolver.resolve(job)
+    job, layout = resolved.job, resolved.layout
+    backend, why_backend = choose_attention(job, registry, layout.problems)
+    schemes, why_schemes = choose_schemes(registry, layout, job.attention.mask)
+    policy, why_policy = choose_policy(job, registry, config, layout.degrees, dtype)
+    job = settled(_settled(job, dtype, layout.degrees, backend, policy), schemes)
+    layout = replace(layout, schemes=schemes)
     job = job.replace("checkpoint", out=job.checkpoint.out or _default_out(job, origin))
     notes = (
         ("run", f"{job.checkpoint.out} (the same command resumes it)"),
         ("model", f"{origin.entry.name} {origin.size}, {origin.sentence}{longer}"),
-        ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {agreed.global_batch} a step"),
-        ("layout", describe_layout(agreed.adapters, degrees)),
+        ("data", f"{job.data.path}, rows of {format_tokens(job.data.seq)} tokens, {layout.global_batch} a step"),
+        ("layout", describe_layout(resolved.adapters, layout.degrees)),
         *why_degrees,
         ("attention", why_backend),
         *((("context", why_schemes),) if why_schemes else ()),
@@ -201,18 +196,15 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         origin=origin,
         config=config,
         hub_config=hub_config,
-        degrees=degrees,
-        global_batch=agreed.global_batch,
-        setup=setup,
+        layout=layout,
         backend=backend,
-        windows=request.windows,
-        adapters=agreed.adapters,
+        adapters=resolved.adapters,
         policy=policy,
         notes=notes,
     )
 
 
-def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, LayoutCase]:
+def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, Resolver]:
     """What a layout of accelerators that are not here is checked against: sizes are known without weights and data.
 
     The job comes back with its row length. Raises UsageError, PluginError or DataError.
@@ -223,8 +215,8 @@ def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, Layo
     origin = open_origin(job, registry, needs_weights=False)
     job, _hub_config, config, _longer = _for_length(job, origin, registry)
     dtype = "bfloat16" if job.model.dtype == "auto" else job.model.dtype
-    case = LayoutCase(registry=registry, machine=machine, name=entry.name, spec=origin.spec, config=config, dtype=dtype)
-    return job, case
+    facts = model_facts(entry.name, origin.spec, config)
+    return job, Resolver(registry=registry, machine=machine, model=facts, dtype=dtype)
 
 
 def with_recipe(registry: Registry, *layers: Settings) -> Job:

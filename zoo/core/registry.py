@@ -22,7 +22,7 @@ from zoo.core.lookup import Clash, Lookup
 from zoo.core.plugins import Plugins, PluginStatus
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import AttentionProblem, Forecast, LayoutRequest
+    from zoo.core.contracts import AttentionProblem, Forecast, Layout
     from zoo.core.formats import DataSource, RunInfo
 
 
@@ -60,11 +60,11 @@ class Registry:
         return self._choice("zoo_select_attention", candidates, problem=problem, candidates=candidates)
 
     def select_context_scheme(
-        self, request: LayoutRequest, window: int | None, candidates: Mapping[str, Forecast]
+        self, layout: Layout, window: int | None, candidates: Mapping[str, Forecast]
     ) -> str | None:
         """As `select_attention`."""
         return self._choice(
-            "zoo_select_context_scheme", list(candidates), request=request, window=window, candidates=candidates
+            "zoo_select_context_scheme", list(candidates), layout=layout, window=window, candidates=candidates
         )
 
     def select_memory_policy(
@@ -105,11 +105,11 @@ class Registry:
         """The plugin that gave the last answer to a decision hook, so that choices can be explained."""
         return self._deciders.get(hook)
 
-    def check_layout(self, request: LayoutRequest) -> list[tuple[str, str]]:
+    def check_layout(self, layout: Layout) -> list[tuple[str, str]]:
         """Every objection to a layout, as (plugin, sentence). Raises PluginError if a plugin cannot judge."""
         objections = []
         for plugin, implementation in self.plugins.implementations("zoo_check_layout"):
-            sentence = _asked(plugin, "zoo_check_layout", implementation, {"request": request})
+            sentence = _asked(plugin, "zoo_check_layout", implementation, {"layout": layout})
             if sentence is None:
                 continue
             if not isinstance(sentence, str):

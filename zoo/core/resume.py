@@ -23,7 +23,7 @@ def same_run(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint says of the run it is of, for `check_same_run`."""
     return {
         "seq": prepared.job.data.seq,
-        "global_batch": prepared.global_batch,
+        "global_batch": prepared.layout.global_batch,
         "model": prepared.hub_config,
         "from": _source(prepared.job),
     }

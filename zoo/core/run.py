@@ -54,13 +54,13 @@ class Run:
     def build(cls, prepared: Prepared, registry: Registry, device: torch.device) -> Run:
         """Mesh, data, model, weights, optimizer, and what a checkpoint knows, in this order."""
         job, path = prepared.job, prepared.out
-        mesh = Mesh(prepared.degrees, device.type)
+        mesh = Mesh(prepared.layout.degrees, device.type)
         stream = shared(lambda: prepared.open_rows(registry) if reads_data(mesh) else None)
         compare(stream.identity if stream else None, "Give every host the same files")
         state = _build_state(prepared, mesh, device)
         meter = Meter(
             seq=job.data.seq,
-            global_batch=prepared.global_batch,
+            global_batch=prepared.layout.global_batch,
             world_size=dist.get_world_size(),
             peak_tflops=job.log.peak_tflops,
             device=device,
@@ -75,13 +75,9 @@ class Run:
         feed = Feed(
             stream,
             mesh=mesh,
-            degrees=prepared.degrees,
+            layout=prepared.layout,
             adapters=prepared.adapters,
-            setup=prepared.setup,
-            global_batch=prepared.global_batch,
-            micro_batch=job.data.micro_batch,
             mask=job.attention.mask,
-            windows=prepared.windows,
             steps=job.schedule.steps - state.step,
         )
         saver = Saver(checkpoints, host_group())
@@ -93,7 +89,7 @@ class Run:
         data = self.feed.step(self.device)
         data_s, self.position = time.perf_counter() - start, data.position
         torch.manual_seed(self.prepared.job.data.seed * 1_000_003 + self.state.step)
-        counts = Counts(data.trained_tokens, self.prepared.global_batch, data.document_tokens)
+        counts = Counts(data.trained_tokens, self.prepared.layout.global_batch, data.document_tokens)
         result = train_step(self.state, data.batches, counts)
         flops = self.prepared.spec.flops_per_token(self.prepared.config, data.mean_visible_keys)
         return Pending(self.state.step, result, data.trained_tokens, flops, data_s)
@@ -137,7 +133,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         spec,
         config,
         mesh=mesh,
-        setup=prepared.setup,
+        layout=prepared.layout,
         backend=prepared.backend,
         adapters=prepared.adapters,
         policy=prepared.policy,
@@ -159,7 +155,7 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         lr=job.optim.lr,
         clip=job.optim.clip,
         forward_backward=order.forward_backward(
-            model, spec.plan(config), mesh=mesh, setup=prepared.setup, adapters=prepared.adapters
+            model, spec.plan(config), mesh=mesh, layout=prepared.layout, adapters=prepared.adapters
         ),
     )
 

@@ -6,68 +6,23 @@ adapter says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Collection
 
-from zoo.core.contracts import Part, Setup
-from zoo.core.mesh import Degrees
+from zoo.core.contracts import Layout, Part
+from zoo.core.values import ModelValues, sum_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
-class Values(NamedTuple):
-    """Numbers of parameter values."""
-
-    cut: int = 0
-    """In what `tp` cuts."""
-    rest: int = 0
-    expert: int = 0
-    """In what `ep` deals out."""
-
-    def plus(self, other: Values) -> Values:
-        return Values(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def dense(self, degrees: Degrees) -> float:
-        """Of a rank before data parallelism cuts, experts aside."""
-        return self.cut / degrees.tp + self.rest
-
-    def experts(self, degrees: Degrees) -> float:
-        return self.expert / degrees.ep
-
-    def here(self, degrees: Degrees) -> float:
-        return self.dense(degrees) + self.experts(degrees)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelValues:
-    """The parameters of a model; tied ones counted once."""
-
-    blocks: Sequence[Values]
-    ends: Values
-    """All that is in no block: embedding, last norm, head."""
-
-    @property
-    def total(self) -> Values:
-        return sum_of([*self.blocks, self.ends])
-
-
-def sum_of(values: Sequence[Values]) -> Values:
-    """Added up, kind by kind."""
-    total = Values()
-    for each in values:
-        total = total.plus(each)
-    return total
-
-
-def state_bytes(model: ModelValues, degrees: Degrees, setup: Setup, whole: Collection[Part]) -> float:
+def state_bytes(layout: Layout, whole: Collection[Part]) -> float:
     """The least that the fullest rank holds between a backward and the optimizer's step.
 
     Master weights, their gradients, and AdamW's two moments, all in the master type; beside them, where they stay
     whole, the weights in the type they are computed with. Stages are taken as equal, so no rank may hold less.
     """
-    master, compute = BYTES[setup.master_dtype], BYTES[setup.dtype]
-    ranks, total = degrees.dp_shard * degrees.cp, model.total
+    master, compute = BYTES[layout.master_dtype], BYTES[layout.dtype]
+    degrees, total = layout.degrees, layout.model.values.total
+    ranks = degrees.dp_shard * degrees.cp
     held = 0.0
     for values, over in ((total.dense(degrees), ranks), (total.experts(degrees), ranks // degrees.ep)):
         copies = values * compute if "weights" in whole and (over > 1 or compute != master) else 0.0
@@ -86,12 +41,12 @@ def uneven(model: ModelValues, pp: int) -> float:
     return most * pp / (blocks + ends)
 
 
-def gathered_bytes(model: ModelValues, degrees: Degrees, setup: Setup) -> float:
+def gathered_bytes(layout: Layout) -> float:
     """The most that is whole for a moment where weights are cut: two blocks and the ends, and a gradient of the larger.
 
     One block is computed while the next arrives; the ends are one unit that stays.
     """
-    compute = BYTES[setup.dtype]
+    model, degrees, compute = layout.model.values, layout.degrees, BYTES[layout.dtype]
     block = max((values.here(degrees) for values in model.blocks), default=0.0)
     ends = model.ends.here(degrees)
-    return compute * (2 * block + ends) + (compute + BYTES[setup.master_dtype]) * max(block, ends)
+    return compute * (2 * block + ends) + (compute + BYTES[layout.master_dtype]) * max(block, ends)

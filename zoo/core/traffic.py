@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import torch
 
-from zoo.core import mesh_groups
-from zoo.core.contracts import ExpertShape, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Setup
+from zoo.core.contracts import ExpertShape, Layout, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan
+from zoo.core.degrees import EVERY_AXIS, Degrees, coordinates, groups
 from zoo.core.inventory import meta_model
-from zoo.core.mesh import AXES, Degrees
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
@@ -111,8 +110,7 @@ class Account:
     plan: ParallelPlan
     model: nn.Module
     """Whole, on meta."""
-    degrees: Degrees
-    setup: Setup
+    layout: Layout
     number: int
     """Of this rank in the world."""
     batches: Sequence[Microbatch]
@@ -145,8 +143,8 @@ class Account:
     def size(self, axis: str) -> int:
         """How many ranks a group of an axis has."""
         degrees = self.degrees
-        if axis in AXES or axis == "ep":
-            return int(getattr(degrees, axis))
+        if axis in EVERY_AXIS:
+            return degrees[axis]
         fsdp = degrees.dp_shard * degrees.cp
         return {
             "fsdp": fsdp,
@@ -158,11 +156,11 @@ class Account:
 
     def rank(self, axis: str) -> int:
         """This rank's place on an axis."""
-        return mesh_groups.coordinates(self.degrees, self.number)[axis]
+        return coordinates(self.degrees, self.number)[axis]
 
     def ranks(self, axis: str) -> tuple[int, ...]:
         """The ranks of this one's group of an axis."""
-        return next(tuple(group) for group in mesh_groups.groups(self.degrees, axis) if self.number in group)
+        return next(tuple(group) for group in groups(self.degrees, axis) if self.number in group)
 
     def tokens(self, batch: Microbatch) -> int:
         """Of a microbatch, those that this rank of `cp` has."""
@@ -179,11 +177,16 @@ class Account:
         """
         if batch.copies is not None:
             return batch.copies
-        shared = self.size("tp") if self.setup.sequence_parallel else 1
+        shared = self.size("tp") if self.layout.settings.sequence_parallel else 1
         real = sum(stop - start for start, stop in batch.mask.documents) / max(1, batch.mask.length)
         every = self.experts.per_token * round(self.tokens(batch) * real) // shared if self.experts is not None else 0
         elsewhere = round(every * (self.size("ep") - 1) / self.size("ep"))
         return [(elsewhere, elsewhere)] * blocks
+
+    @property
+    def degrees(self) -> Degrees:
+        """Of the layout."""
+        return self.layout.degrees
 
     @property
     def experts(self) -> ExpertShape | None:
@@ -193,7 +196,7 @@ class Account:
     @property
     def value_bytes(self) -> int:
         """Of a number that is computed with."""
-        return dtype_bytes(self.setup.dtype)
+        return dtype_bytes(self.layout.dtype)
 
     @property
     def exact_bytes(self) -> int:
@@ -203,7 +206,7 @@ class Account:
     @property
     def master_bytes(self) -> int:
         """Of a weight as it is kept, and of its gradient as it is summed."""
-        return dtype_bytes(self.setup.master_dtype)
+        return dtype_bytes(self.layout.master_dtype)
 
     def within(self, modules: Iterable[str]) -> list[str]:
         """Names of this rank's weights that lie in some modules."""
@@ -242,8 +245,7 @@ def step_traffic(
     spec: ModelSpec,
     config: Any,
     *,
-    degrees: Degrees,
-    setup: Setup,
+    layout: Layout,
     adapters: Sequence[ParallelAdapter],
     policy: MemoryPolicy,
     batches: Sequence[Microbatch],
@@ -262,8 +264,7 @@ def step_traffic(
         config=config,
         plan=plan,
         model=model,
-        degrees=degrees,
-        setup=setup,
+        layout=layout,
         number=rank,
         batches=batches,
         device=device,

@@ -8,9 +8,9 @@ from typing import Any
 
 from zoo.core.attention.mask import Mask
 from zoo.core.contracts import ParallelAdapter
+from zoo.core.degrees import AXES, Degrees
 from zoo.core.device import accelerator_type
 from zoo.core.inventory import meta_model
-from zoo.core.mesh import AXES, Degrees
 from zoo.core.prepare import Prepared
 from zoo.core.traffic import Account, Flow, Microbatch, sent, step_traffic
 
@@ -40,7 +40,7 @@ def report(prepared: Prepared) -> Report:
 
 
 def _accounts(prepared: Prepared) -> Iterator[Account]:
-    job, degrees = prepared.job, prepared.degrees
+    job, degrees = prepared.job, prepared.layout.degrees
     seq, rows = job.data.seq, job.data.micro_batch
     documents = tuple((i * seq, (i + 1) * seq) for i in range(rows))
     batch = Microbatch(mask=Mask(seq * rows, documents, causal=job.attention.mask != "full"))
@@ -49,11 +49,10 @@ def _accounts(prepared: Prepared) -> Iterator[Account]:
         yield step_traffic(
             prepared.spec,
             prepared.config,
-            degrees=degrees,
-            setup=prepared.setup,
+            layout=prepared.layout,
             adapters=prepared.adapters,
             policy=prepared.policy,
-            batches=[batch] * (prepared.global_batch // degrees.dp // rows),
+            batches=[batch] * (prepared.layout.microbatches),
             rank=rank,
             device=accelerator_type() or "cpu",
             model=model,

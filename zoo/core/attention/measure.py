@@ -22,10 +22,11 @@ from zoo.core.attention.survey import layout_for
 from zoo.core.attention.wire import Link
 from zoo.core.context_choice import load_scheme
 from zoo.core.contracts import AttentionBackend, HeadShape
+from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type, attention_flops, memory_bytes
 from zoo.core.launch import Work, launch
 from zoo.core.launcher_env import own_rank
-from zoo.core.mesh import Degrees, Mesh
+from zoo.core.mesh import Mesh
 from zoo.core.office import Office
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry

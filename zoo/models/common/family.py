@@ -9,7 +9,7 @@ from zoo.core.entries import ModelEntry, load_target
 from zoo.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import LayoutRequest
+    from zoo.core.contracts import Layout
 
 TINY_RECIPE = {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}
 """The corpus that tiny models are trained on, at a rate and length that show something within minutes."""
@@ -22,7 +22,7 @@ class Family:
         self, entry: ModelEntry, *, model_types: Collection[str], for_length: str, objections: Sequence[str] = ()
     ) -> None:
         """`for_length` names (fields of config.json, tokens) -> fields to change; `objections` names functions of a
-        LayoutRequest that give a sentence or None, dynamic RoPE's being among them already.
+        Layout that give a sentence or None, dynamic RoPE's being among them already.
         """
         self.entry = entry
         self.model_types = tuple(model_types)
@@ -45,8 +45,8 @@ class Family:
         return fields
 
     @hookimpl
-    def zoo_check_layout(self, request: LayoutRequest) -> str | None:
-        if request.model != self.entry.name:
+    def zoo_check_layout(self, layout: Layout) -> str | None:
+        if layout.model.name != self.entry.name:
             return None
-        sentences = (load_target(target)(request) for target in self._objections)
+        sentences = (load_target(target)(layout) for target in self._objections)
         return next((sentence for sentence in sentences if sentence), None)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from zoo.core.routing import RouterStats, Routing, by_expert, combine, spread
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import LayoutRequest
+    from zoo.core.contracts import Layout
 
 _ONE_KERNEL = {("cuda", torch.bfloat16)}
 """Where `grouped_mm` is one kernel. Elsewhere it is a loop of its own, on a CPU slower than ours (torch 2.13)."""
@@ -156,11 +156,11 @@ def init_experts(model: nn.Module, *, std: float) -> None:
                 nn.init.normal_(weight, 0.0, std)
 
 
-def balance_objection(request: LayoutRequest) -> str | None:
+def balance_objection(layout: Layout) -> str | None:
     """Why rows laid end to end have no load-balancing loss, for the plugin of a family with `output_router_logits`."""
-    if request.micro_batch == 1 or not getattr(request.config, "output_router_logits", False):
+    if layout.micro_batch == 1 or not getattr(layout.model.config, "output_router_logits", False):
         return None
     return (
-        f"the router's auxiliary loss is defined row by row and data.micro_batch {request.micro_batch} lays rows end "
+        f"the router's auxiliary loss is defined row by row and data.micro_batch {layout.micro_batch} lays rows end "
         f"to end; give --set data.micro_batch=1, or --set model.output_router_logits=false"
     )

@@ -10,7 +10,7 @@ from zoo.core.errors import DataError
 from zoo.models.common.fields import Fields
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import LayoutRequest
+    from zoo.core.contracts import Layout
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 _SAID_ABOVE = ("rope_theta", "partial_rotary_factor")
@@ -200,15 +200,15 @@ def rope_for_length(rope: RopeParameters, *, native: int, length: int) -> dict[s
     return fields | {"rope_theta": rope.rope_theta * ratio**2}
 
 
-def dynamic_objection(request: LayoutRequest) -> str | None:
+def dynamic_objection(layout: Layout) -> str | None:
     """Dynamic RoPE depends on the longest document a rank sees, so ranks would rotate by different angles."""
-    config: Any = request.config
+    config: Any = layout.model.config
     if config.rope_parameters.rope_type != "dynamic":
         return None
-    if request.seq <= config.max_position_embeddings or max(request.degrees.values(), default=1) == 1:
+    if layout.seq <= config.max_position_embeddings or not any(layout.degrees.in_use()):
         return None
     return (
         f"RoPE type 'dynamic' changes with the longest document a rank sees, so ranks disagree above "
-        f"max_position_embeddings ({config.max_position_embeddings}) and --seq is {request.seq}: run on one rank, "
+        f"max_position_embeddings ({config.max_position_embeddings}) and --seq is {layout.seq}: run on one rank, "
         f"stay within it, or set model.rope_scaling to yarn or linear"
     )

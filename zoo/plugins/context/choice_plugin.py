@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from zoo.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Forecast, LayoutRequest
+    from zoo.core.contracts import Forecast, Layout
 
 _PREFERENCE = ("halo", "ring", "allgather", "hybrid", "ulysses")
 """Between forecasts that do not differ by a twentieth: what holds less memory, and waits for fewer ranks, first."""
@@ -16,9 +16,7 @@ _TIE = 1.05
 
 
 @hookimpl(trylast=True)
-def zoo_select_context_scheme(
-    request: LayoutRequest, window: int | None, candidates: Mapping[str, Forecast]
-) -> str | None:
+def zoo_select_context_scheme(layout: Layout, window: int | None, candidates: Mapping[str, Forecast]) -> str | None:
     least = min(forecast.seconds for forecast in candidates.values())
     close = [name for name, forecast in candidates.items() if forecast.seconds <= _TIE * least]
     known = [name for name in _PREFERENCE if name in close and (name != "halo" or window is not None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, Question, ShardedMask
 from zoo.core.attention.wire import Link
 from zoo.core.batch import Batch
-from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ContextScheme, Layout, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.errors import UsageError
 from zoo.core.mesh import Mesh
 from zoo.core.seams import swap
@@ -36,64 +37,63 @@ class ContextParallel(ParallelAdapter):
     def __init__(self) -> None:
         self._asked: set[Question] = set()
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or the reason why this row cannot be cut so."""
-        degree = request.degrees.get("cp", 1)
+        degree = layout.degrees.cp
         if degree == 1:
             return None
-        if not request.schemes:
+        if not layout.schemes:
             return f"--cp {degree} needs a context scheme and none was chosen; type --cp-scheme ring"
-        if request.seq < degree:
-            return f"--seq {request.seq} cannot be shared out over --cp {degree} ranks"
+        if layout.seq < degree:
+            return f"--seq {layout.seq} cannot be shared out over --cp {degree} ranks"
         reasons = (
-            scheme.check(problem, request.seq, degree)
-            for scheme in request.schemes.values()
-            for problem in request.problems
+            scheme.check(problem, layout.seq, degree)
+            for scheme in layout.schemes.values()
+            for problem in layout.problems
         )
         return next((reason for reason in reasons if reason), None)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Give every attention seam its scheme and the group, and sum a row's counts over the group.
 
         Raises UsageError if the model has no attention seam.
         """
         if "attention" not in plan.seams:
             raise UsageError(f"--cp needs an attention seam and {type(model).__name__}'s plan names none; use --cp 1")
-        context = _context(setup)
         group = mesh["cp"].get_group()
         _connect(group, mesh.device_type)
-        link = Link(group, getattr(torch, context.wire) if context.wire else None)
-        swap(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
+        link = Link(group, getattr(torch, layout.settings.cp_wire) if layout.settings.cp_wire else None)
+        swap(model, plan.seams["attention"], lambda old: _exchanging(old, _schemes(layout), link), owner=self.name)
         if "row_sum" in plan.seams:
             swap(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
         return model
 
-    def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:
+    def shard_batch(self, batch: Batch, mesh: Mesh, layout: Layout) -> Batch:
         """This rank's tokens, labels and positions, and its view of the mask with all plans made. Host only."""
         rank = mesh["cp"].get_local_rank()
-        sharded = _sharded(batch.mask, _context(setup), mesh["cp"].size(), rank, self._asked)
+        sharded = _sharded(batch.mask, layout, mesh["cp"].size(), rank, self._asked)
         sharded.prepare()
-        layout = sharded.layout
+        places = sharded.layout
         return replace(
             batch,
-            tokens=layout.take(batch.tokens, rank, 1),
-            labels=layout.take(batch.labels, rank, 1),
-            positions=layout.take(batch.positions, rank, 1),
+            tokens=places.take(batch.tokens, rank, 1),
+            labels=places.take(batch.labels, rank, 1),
+            positions=places.take(batch.positions, rank, 1),
             mask=sharded,
         )
 
     def account(self, account: Account) -> None:
         """Add what the schemes' plans send for each attention layer here, and counts of a row."""
-        context, degree = _context(account.setup), account.size("tp")
+        layout, degree = account.layout, account.size("tp")
         attending = account.found([account.plan.seams["attention"]])
         shapes = zip(account.spec.windows(account.config), account.spec.heads(account.config), strict=True)
         of_layer = dict(zip(attending, shapes, strict=True))
         layers = Counter(of_layer[name] for name in account.here(attending))
-        value, gradient = _wire_bytes(account.setup.dtype, context.wire)
+        value, gradient = _wire_bytes(layout.dtype, layout.settings.cp_wire)
         for batch in account.batches:
-            sharded = _sharded(batch.mask, context, account.size("cp"), account.rank("cp"), set())
+            sharded = _sharded(batch.mask, layout, account.size("cp"), account.rank("cp"), set())
             for (window, heads), number in layers.items():
-                plan = sharded.plan(context.schemes[window], window, heads.over(degree))
+                plan = sharded.plan(layout.schemes[window], window, heads.over(degree))
                 ahead, back = (sum(stage.sent for stage in way) for way in plan.stages(value, gradient))
                 account.add("send", "cp", "K/V or heads", number * (account.forwards * ahead + back))
             if account.is_last and "row_sum" in account.plan.seams and account.experts is not None:
@@ -114,22 +114,22 @@ class _RowSum(nn.Module):
         return total
 
 
-def _context(setup: Setup) -> ContextSetup:
-    if setup.context is None:
+def _schemes(layout: Layout) -> Mapping[int | None, ContextScheme]:
+    if not layout.schemes:
         raise UsageError("--cp needs a context scheme and none was chosen; type --cp-scheme ring")
-    return setup.context
+    return layout.schemes
 
 
-def _sharded(mask: Mask, context: ContextSetup, degree: int, rank: int, asked: set[Question]) -> ShardedMask:
+def _sharded(mask: Mask, layout: Layout, degree: int, rank: int, asked: set[Question]) -> ShardedMask:
     """A rank's view of a row."""
-    layout = row_layout(
+    places = row_layout(
         mask,
-        context.windows,
+        layout.model.windows,
         degree,
-        balance=context.balance,
-        splits_rows=any(scheme.splits_rows for scheme in context.schemes.values()),
+        balance=layout.settings.cp_balance,
+        splits_rows=any(scheme.splits_rows for scheme in _schemes(layout).values()),
     )
-    return ShardedMask(mask, layout, rank, asked)
+    return ShardedMask(mask, places, rank, asked)
 
 
 def _wire_bytes(dtype: str, wire: str | None) -> tuple[int, int]:
@@ -140,13 +140,13 @@ def _wire_bytes(dtype: str, wire: str | None) -> tuple[int, int]:
     return ahead, back
 
 
-def _exchanging(old: nn.Module, context: ContextSetup, link: Link) -> AttentionSeam:
+def _exchanging(old: nn.Module, schemes: Mapping[int | None, ContextScheme], link: Link) -> AttentionSeam:
     if not isinstance(old, AttentionSeam):
         raise UsageError(
             f"--cp found {type(old).__name__} in the attention seam, where core puts an AttentionSeam: "
             f"another plugin replaced it; block that plugin with --no-plugin NAME"
         )
-    return AttentionSeam(old.backend, Exchange(scheme=context.schemes[old.window], link=link), window=old.window)
+    return AttentionSeam(old.backend, Exchange(scheme=schemes[old.window], link=link), window=old.window)
 
 
 def _connect(group: dist.ProcessGroup, device_type: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from zoo.core.contracts import ParallelPlan, Setup
+from zoo.core.contracts import Layout, ParallelPlan
 from zoo.core.seams import find
 from zoo.plugins.parallel.stages import balance, stages_of, virtual
 
@@ -46,19 +46,19 @@ class Cut:
     num_experts: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, setup: Setup) -> Cut:
+    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, layout: Layout) -> Cut:
         """For a whole model on meta."""
-        names, pp, pipeline = find(model, plan.block), mesh.size("pp"), setup.pipeline
+        names, pp = find(model, plan.block), mesh.size("pp")
         first, last = ([n for glob in globs for n in find(model, glob)] for globs in (plan.first, plan.last))
-        costs = _costs(model, names, plan, pipeline.scores)
+        costs = _costs(model, names, plan, layout.model.scores(layout.seq))
         # A look-up multiplies nothing.
         head = sum(_matrix_values(model.get_submodule(name)) for name in last)
-        parts = balance(costs, pp * virtual(pipeline), last=float(head))
+        parts = balance(costs, pp * virtual(layout.settings), last=float(head))
         ends = [{id(p) for name in end for p in model.get_submodule(name).parameters()} for end in (first, last)]
         holders = {name[:i] for name in (*names, *first, *last) for i, c in enumerate(name) if c == "."}
         return cls(
             blocks=[[names[i] for i in part] for part in parts],
-            mine=stages_of(mesh.rank("pp"), pp, pipeline),
+            mine=stages_of(mesh.rank("pp"), pp, layout.settings),
             first=first,
             last=last,
             loss=find(model, plan.seams["loss"]),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
+from zoo.core.contracts import Layout, ParallelPlan
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_replicated
 
@@ -28,13 +28,13 @@ class ReplicatedData(units.DataParallelOnceAStep):
 
     name: ClassVar[str] = "ddp"
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or why weights cannot be given up; nothing is cut, so nothing else can be in the way."""
-        return units.keeping_objection(request, self.name)
+        return units.keeping_objection(layout, self.name)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Replicate in place; experts over the ranks that hold the same ones."""
-        policy = units.precision(setup)
+        policy = units.precision(layout)
         units.wrap(
             model,
             plan,
@@ -43,7 +43,7 @@ class ReplicatedData(units.DataParallelOnceAStep):
         )
         return model
 
-    def whole(self, setup: Setup) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[Part]:
         """Everything."""
         return {"weights", "gradients", "optimizer"}
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
-from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.errors import UsageError
 from zoo.core.routing import Arrangement, Routing, by_expert, combine, permute, spread
 from zoo.core.seams import find, swap
@@ -34,17 +34,17 @@ class ExpertParallel(ParallelAdapter):
     axes: ClassVar[tuple[str, ...]] = ("ep",)
     phase: ClassVar[Phase] = Phase.SHARD
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or why these experts cannot be dealt out so."""
-        degree = request.degrees["ep"]
-        if request.experts is None:
-            return f"--ep {degree} deals out experts and {request.model} has none"
-        num_experts = request.experts.num_experts
+        degree = layout.degrees.ep
+        if layout.model.experts is None:
+            return f"--ep {degree} deals out experts and {layout.model.name} has none"
+        num_experts = layout.model.experts.num_experts
         if num_experts % degree == 0:
             return None
-        return f"--ep {degree} does not divide the {num_experts} experts of {request.model}"
+        return f"--ep {degree} does not divide the {num_experts} experts of {layout.model.name}"
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Keep this rank's experts, as DTensors on `ep`, and swap both seams. Raises UsageError if one is missing."""
         missing = [seam for seam in ("dispatch", "grouped_matmul") if seam not in plan.seams]
         if missing or not plan.expert:

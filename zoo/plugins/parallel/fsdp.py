@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
+from zoo.core.contracts import Layout, ParallelPlan
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
@@ -26,18 +26,18 @@ class FullyShardedData(units.DataParallel):
 
     name: ClassVar[str] = "fsdp"
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or why experts cannot be cut so."""
-        return units.sharding_objection(request)
+        return units.sharding_objection(layout)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Shard in place."""
-        units.shard(model, plan, mesh, setup, reshard=setup.reshard)
+        units.shard(model, plan, mesh, layout, reshard=layout.settings.reshard)
         return model
 
-    def whole(self, setup: Setup) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[Part]:
         """Weights too are cut, unless they are kept from forward to backward."""
-        return set() if setup.reshard else {"weights"}
+        return set() if layout.settings.reshard else {"weights"}
 
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Shards of gradients add up on their rank; copies meet once a step."""
@@ -45,4 +45,4 @@ class FullyShardedData(units.DataParallel):
 
     def account(self, account: Account) -> None:
         """Add what units send."""
-        account_sharded(account, reshard=account.setup.reshard, once=False)
+        account_sharded(account, reshard=account.layout.settings.reshard, once=False)

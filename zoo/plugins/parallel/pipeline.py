@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor
 
-from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.errors import UsageError
 from zoo.core.forward_backward import Counts, Sums
 from zoo.core.seams import find
@@ -55,13 +55,13 @@ class PipelineParallel(ParallelAdapter):
     def __init__(self) -> None:
         self._cut: Cut | None = None
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or why these blocks cannot be dealt out so."""
-        return objection(request)
+        return objection(layout)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Keep the blocks and ends of this rank's stages; names stay. Raises UsageError if a seam is left without."""
-        self._cut = cut = Cut.of(model, plan, mesh, setup)
+        self._cut = cut = Cut.of(model, plan, mesh, layout)
         held = {name for stage in cut.mine for name in cut.blocks[stage]}
         for name in (name for stage in cut.blocks for name in stage if name not in held):
             delattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
@@ -80,26 +80,26 @@ class PipelineParallel(ParallelAdapter):
         """Add what passes between stages."""
         account_pipeline(account)
 
-    def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> Pipelined:
+    def forward_backward(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> Pipelined:
         """The schedule over the stages that `apply` kept."""
         assert self._cut is not None, "apply comes first"
-        return Pipelined(model, self._cut, mesh, setup)
+        return Pipelined(model, self._cut, mesh, layout)
 
 
 class Pipelined:
     """All microbatches of a step through the stages of this rank."""
 
-    def __init__(self, model: nn.Module, cut: Cut, mesh: Mesh, setup: Setup) -> None:
+    def __init__(self, model: nn.Module, cut: Cut, mesh: Mesh, layout: Layout) -> None:
         self.cut = cut
         self.group = mesh["pp"].get_group()
         self.ranks = mesh.size("pp")
         self.device = torch.device(mesh.device_type)
-        self.schedule_name = setup.pipeline.schedule
-        self.dtype = getattr(torch, setup.dtype)
-        self.tp = (mesh.rank("tp"), mesh.size("tp")) if setup.sequence_parallel else (0, 1)
+        self.schedule_name = layout.settings.pp_schedule
+        self.dtype = getattr(torch, layout.dtype)
+        self.tp = (mesh.rank("tp"), mesh.size("tp")) if layout.settings.sequence_parallel else (0, 1)
         splits = SCHEDULES[self.schedule_name].splits
         self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
-        self._held = held(model, self.stages, [cut.blocks[stage] for stage in cut.mine], setup, splits=splits)
+        self._held = held(model, self.stages, [cut.blocks[stage] for stage in cut.mine], layout, splits=splits)
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
         if self.device.type != "cpu":
             # NCCL connects a group in its first call, in which all ranks must take part; a hop leaves some out.

@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 
-from zoo.core.contracts import Setup
+from zoo.core.contracts import Layout
 from zoo.plugins.parallel.stage_model import StageModel
 
 
 def held(
-    model: nn.Module, stages: Sequence[StageModel], blocks: Sequence[Sequence[str]], setup: Setup, *, splits: bool
+    model: nn.Module, stages: Sequence[StageModel], blocks: Sequence[Sequence[str]], layout: Layout, *, splits: bool
 ) -> Callable[[], AbstractContextManager[None]]:
     """What a step of a schedule runs in. `blocks` are those of each stage of this rank, `splits` as a Schedule's.
 
@@ -30,9 +30,9 @@ def held(
     """
     if not isinstance(model, FSDPModule):
         return nullcontext
-    if splits or setup.keeps_weights_for_a_step:
+    if splits or layout.keeps_weights_for_a_step:
         return lambda: _once(model)
-    model.set_reshard_after_backward(False, recurse=not setup.reshard)
+    model.set_reshard_after_backward(False, recurse=not layout.settings.reshard)
     _prefetch(model, blocks)
     for stage, names in zip(stages, blocks, strict=True):
         stage.before_last_backward = partial(_let_copies_meet, model, names, is_end=stage.is_first or stage.is_last)

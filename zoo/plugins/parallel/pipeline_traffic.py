@@ -10,10 +10,10 @@ from zoo.plugins.parallel.tensor_ranks import share_of
 
 def account_pipeline(account: Account) -> None:
     """A message for each microbatch and each stage whose neighbour is on another rank (1806.03377, 2104.04473)."""
-    cut = Cut.of(account.model, account.plan, account, account.setup)
+    cut = Cut.of(account.model, account.plan, account, account.layout)
     _keep(account, cut)
     rank, ranks, last = account.rank("pp"), account.size("pp"), cut.num_stages - 1
-    owner = {stage: r for r in range(ranks) for stage in stages_of(r, ranks, account.setup.pipeline)}
+    owner = {stage: r for r in range(ranks) for stage in stages_of(r, ranks, account.layout.settings)}
     for batch in account.batches:
         hidden = _share(account, batch) * cut.hidden_size * account.value_bytes
         for stage in cut.mine:
@@ -36,7 +36,11 @@ def _tied(account: Account, cut: Cut) -> None:
 
 def _share(account: Account, batch: Microbatch) -> int:
     tokens = account.tokens(batch)
-    return share_of(tokens, account.rank("tp"), account.size("tp")) if account.setup.sequence_parallel else tokens
+    return (
+        share_of(tokens, account.rank("tp"), account.size("tp"))
+        if account.layout.settings.sequence_parallel
+        else tokens
+    )
 
 
 def _sums(account: Account, cut: Cut, *, forward: bool) -> None:
@@ -51,7 +55,7 @@ def _keep(account: Account, cut: Cut) -> None:
     """Note what `apply` keeps."""
     account.blocks = [block for stage in cut.mine for block in cut.blocks[stage]]
     account.is_first, account.is_last = 0 in cut.mine, cut.num_stages - 1 in cut.mine
-    account.pipelined, account.splits = True, SCHEDULES[account.setup.pipeline.schedule].splits
+    account.pipelined, account.splits = True, SCHEDULES[account.layout.settings.pp_schedule].splits
     account.repeated = cut.tied if account.is_last and not account.is_first else frozenset()
     others = {name for stage in cut.blocks for name in stage} - set(account.blocks)
     for here, ends in ((account.is_first, cut.first), (account.is_last, cut.last)):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from zoo.core.contracts import LayoutRequest, PipelineSetup, SeamName
+from zoo.core.contracts import Layout, SeamName
+from zoo.core.job import LayoutSection
 from zoo.core.suggest import did_you_mean
 
 
@@ -36,16 +37,16 @@ SCHEDULES = {
 }
 
 
-def virtual(setup: PipelineSetup) -> int:
-    """Stages a rank."""
-    return setup.virtual or SCHEDULES[setup.schedule].least_virtual
+def virtual(settings: LayoutSection) -> int:
+    """Return the number of stages of a rank."""
+    return settings.pp_virtual or SCHEDULES[settings.pp_schedule].least_virtual
 
 
-def stages_of(rank: int, ranks: int, setup: PipelineSetup) -> list[int]:
-    """The stages that a rank of `pp` runs, ascending."""
-    if SCHEDULES[setup.schedule].folds:
+def stages_of(rank: int, ranks: int, settings: LayoutSection) -> list[int]:
+    """Return the stages that a rank of `pp` runs, ascending."""
+    if SCHEDULES[settings.pp_schedule].folds:
         return [rank, 2 * ranks - 1 - rank]
-    return list(range(rank, ranks * virtual(setup), ranks))
+    return list(range(rank, ranks * virtual(settings), ranks))
 
 
 _Way = tuple[float, float, tuple[int, ...]]
@@ -76,79 +77,79 @@ def balance(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last
     return [range(start, stop) for start, stop in pairwise(cuts)]
 
 
-def objection(request: LayoutRequest) -> str | None:
+def objection(layout: Layout) -> str | None:
     """None, or why this pipeline cannot be."""
-    setup = request.pipeline
-    if setup.schedule not in SCHEDULES:
-        hint = did_you_mean(setup.schedule, SCHEDULES)
-        return f"--pp-schedule {setup.schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
+    schedule = layout.settings.pp_schedule
+    if schedule not in SCHEDULES:
+        hint = did_you_mean(schedule, SCHEDULES)
+        return f"--pp-schedule {schedule}: it is one of {', '.join(SCHEDULES)}{f' ({hint})' if hint else ''}"
     rules = (_virtual_objection, _blocks_objection, _seams_objection, _rounds_objection, _shape_objection)
-    reasons = (rule(request) for rule in rules)
+    reasons = (rule(layout) for rule in rules)
     return next((reason for reason in reasons if reason), None)
 
 
-def _virtual_objection(request: LayoutRequest) -> str | None:
-    setup, rules = request.pipeline, SCHEDULES[request.pipeline.schedule]
-    most, wanted = rules.most_virtual, virtual(setup)
+def _virtual_objection(layout: Layout) -> str | None:
+    schedule = layout.settings.pp_schedule
+    rules, wanted = SCHEDULES[schedule], virtual(layout.settings)
+    most = rules.most_virtual
     if wanted >= rules.least_virtual and (most is None or wanted <= most):
         return None
     nearest = rules.least_virtual if wanted < rules.least_virtual or most is None else most
     other = "; several stages a rank need --pp-schedule interleaved" if most == 1 else ""
     return (
-        f"--pp-virtual {wanted}: schedule {setup.schedule} runs {'at least' if most is None else 'exactly'} {nearest} "
+        f"--pp-virtual {wanted}: schedule {schedule} runs {'at least' if most is None else 'exactly'} {nearest} "
         f"stages a rank{other}"
     )
 
 
-def _blocks_objection(request: LayoutRequest) -> str | None:
-    pp, per_rank, blocks = request.degrees["pp"], virtual(request.pipeline), request.config.num_hidden_layers
+def _blocks_objection(layout: Layout) -> str | None:
+    pp, per_rank, blocks = layout.degrees.pp, virtual(layout.settings), layout.model.config.num_hidden_layers
     if pp * per_rank <= blocks:
         return None
     return (
-        f"--pp {pp} x {per_rank} stages a rank = {pp * per_rank} stages and {request.model} has {blocks} blocks, of "
-        f"which each stage needs one"
+        f"--pp {pp} x {per_rank} stages a rank = {pp * per_rank} stages and {layout.model.name} has {blocks} blocks, "
+        f"of which each stage needs one"
     )
 
 
-def _seams_objection(request: LayoutRequest) -> str | None:
+def _seams_objection(layout: Layout) -> str | None:
     """What enters a model by a seam, on every rank, needs one there."""
-    setup, pp = request.pipeline, request.degrees["pp"]
-    if not setup.blocks:
+    model, pp = layout.model, layout.degrees.pp
+    if not model.blocks:
         return None
-    parts = balance(block_costs(setup), pp * virtual(setup), last=float(setup.last_values))
-    everywhere = frozenset[SeamName]().union(*(block.seams for block in setup.blocks))
+    parts = balance(block_costs(layout), pp * virtual(layout.settings), last=float(model.last_values))
+    everywhere = frozenset[SeamName]().union(*(block.seams for block in model.blocks))
     for rank in range(pp):
-        mine = [setup.blocks[i] for stage in stages_of(rank, pp, setup) for i in parts[stage]]
+        mine = [model.blocks[i] for stage in stages_of(rank, pp, layout.settings) for i in parts[stage]]
         missing = everywhere.difference(*(block.seams for block in mine))
         if missing:
             return (
                 f"--pp {pp} leaves rank {rank} of the pipeline without any '{min(missing)}' in its blocks: "
-                f"those of {request.model} differ"
+                f"those of {model.name} differ"
             )
     return None
 
 
-def block_costs(setup: PipelineSetup) -> list[float]:
-    """Of each block, multiplications of a token: values of matrices, and scores where it has attention."""
-    scores = iter(setup.scores)
-    return [b.matrix_values + (next(scores, 0.0) if "attention" in b.seams else 0.0) for b in setup.blocks]
+def block_costs(layout: Layout) -> list[float]:
+    """Return the multiplications of a token in each block: values of matrices, and scores where it has attention."""
+    scores = iter(layout.model.scores(layout.seq))
+    return [b.matrix_values + (next(scores, 0.0) if "attention" in b.seams else 0.0) for b in layout.model.blocks]
 
 
-def _rounds_objection(request: LayoutRequest) -> str | None:
-    setup, pp = request.pipeline, request.degrees["pp"]
-    if takes(setup.schedule, pp, setup.microbatches):
+def _rounds_objection(layout: Layout) -> str | None:
+    schedule, pp = layout.settings.pp_schedule, layout.degrees.pp
+    if takes(schedule, pp, layout.microbatches):
         return None
-    rows = request.degrees["dp_replicate"] * request.degrees["dp_shard"] * request.micro_batch
-    want = f"at least {pp}" if SCHEDULES[setup.schedule].fills else f"rounds of equal size, about {pp} in each"
+    want = f"at least {pp}" if SCHEDULES[schedule].fills else f"rounds of equal size, about {pp} in each"
     return (
-        f"schedule {setup.schedule} over --pp {pp} needs {want} microbatches a step and --global-batch "
-        f"{setup.microbatches * rows} makes {setup.microbatches}"
+        f"schedule {schedule} over --pp {pp} needs {want} microbatches a step and --global-batch "
+        f"{layout.global_batch} makes {layout.microbatches}"
     )
 
 
-def _shape_objection(request: LayoutRequest) -> str | None:
+def _shape_objection(layout: Layout) -> str | None:
     """Where a row is cut unevenly, documents decide which rank gets the token more."""
-    seq, cp = request.seq, request.degrees["cp"]
+    seq, cp = layout.seq, layout.degrees.cp
     if seq % cp == 0:
         return None
     return f"a pipeline's microbatches have one shape and --seq {seq} is no multiple of --cp {cp}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from zoo.core.contracts import LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup, TensorStyle
+from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase, TensorStyle
 from zoo.core.errors import UsageError
 from zoo.core.seams import find, matches, swap
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
@@ -45,28 +45,28 @@ class TensorParallel(ParallelAdapter):
     axes: ClassVar[tuple[str, ...]] = ("tp",)
     phase: ClassVar[Phase] = Phase.SHARD
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or what `tp` does not divide."""
-        degree, counts = request.degrees["tp"], _counts(request)
-        if not request.widths:
-            return f"--tp {degree} cuts matrices and the plan of {request.model} names none"
-        if request.experts is not None and not request.sequence_parallel:
+        degree, counts = layout.degrees.tp, _counts(layout)
+        if not layout.model.widths:
+            return f"--tp {degree} cuts matrices and the plan of {layout.model.name} names none"
+        if layout.model.experts is not None and not layout.settings.sequence_parallel:
             return f"--tp {degree} with layout.sequence_parallel=false would send a token to its experts {degree} times"
-        if request.overlap_tensor and (request.problem.device != "cuda" or not request.sequence_parallel):
+        if layout.settings.overlap_tensor and (layout.device != "cuda" or not layout.settings.sequence_parallel):
             return (
                 "layout.overlap_tensor=true needs CUDA devices that reach each other's memory, and sequence parallelism"
             )
         what = next((f"{count:,} {name}" for count, name in counts if count % degree), None)
-        return what and f"--tp {degree} does not divide the {what} of {request.model}"
+        return what and f"--tp {degree} does not divide the {what} of {layout.model.name}"
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
 
         Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss,
         or if it must say of a module where it stands and does not.
         """
-        kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
-        ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
+        kind = OverlappingRanks if layout.settings.overlap_tensor else TensorRanks
+        ranks = kind(mesh["tp"].get_group(), sequence=layout.settings.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():
@@ -86,9 +86,9 @@ class TensorParallel(ParallelAdapter):
             model.get_submodule(name).register_forward_pre_hook(ranks.watch)
         return model
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+    def complete_gradients(self, model: nn.Module, mesh: Mesh, layout: Layout) -> None:
         """Under sequence parallelism a rank's gradients of what is not cut are of its own tokens: add them up."""
-        if setup.sequence_parallel:
+        if layout.settings.sequence_parallel:
             gradients = [p.grad for p in model.parameters() if p.grad is not None and not _is_cut(p)]
             add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
 
@@ -109,11 +109,11 @@ def _is_cut(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
 
 
-def _counts(request: LayoutRequest) -> list[tuple[int, str]]:
+def _counts(layout: Layout) -> list[tuple[int, str]]:
     """What must be dealt out evenly, and what it is."""
-    heads = [(shape.num_heads, "query heads") for shape in request.heads]
-    heads += [(shape.num_kv_heads, "key/value heads") for shape in request.heads]
-    return heads + [(width, f"rows or columns of {name}") for name, width in request.widths]
+    heads = [(shape.num_heads, "query heads") for shape in layout.model.heads]
+    heads += [(shape.num_kv_heads, "key/value heads") for shape in layout.model.heads]
+    return heads + [(width, f"rows or columns of {name}") for name, width in layout.model.widths]
 
 
 def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:

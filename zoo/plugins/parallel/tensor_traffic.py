@@ -28,7 +28,7 @@ def account_tensor(account: Account) -> None:
         _hidden(account, batch, styles)
         if account.is_last:
             _loss(account, batch)
-    if account.setup.sequence_parallel:
+    if account.layout.settings.sequence_parallel:
         account.afterwards.append(lambda: _uncut(account))
 
 
@@ -55,7 +55,7 @@ def _hidden(account: Account, batch: Microbatch, styles: Mapping[str, TensorStyl
     enters, leaves, again = _crossings(account, styles)
     entering, leaving = enters * account.forwards, leaves + again * (account.forwards - 1)
     ranks, tokens = account.size("tp"), account.tokens(batch)
-    if not account.setup.sequence_parallel:
+    if not account.layout.settings.sequence_parallel:
         sums = leaving + enters + account.is_first + account.is_last
         _states(account, "all_reduce", tokens, sums)
         return
@@ -94,13 +94,13 @@ def _loss(account: Account, batch: Microbatch) -> None:
     rows, most = account.loss_rows(batch), chunk_rows(words, account.device)
     chunks = -(-rows // most)
     account.add("all_reduce", "tp", "loss", 3 * rows * account.exact_bytes, messages=2 * chunks)
-    if "row_sum" in account.plan.seams and account.experts and account.setup.sequence_parallel:
+    if "row_sum" in account.plan.seams and account.experts and account.layout.settings.sequence_parallel:
         account.add("all_reduce", "tp", "counts of a row", account.experts.num_experts * COUNT_BYTES)
 
 
 def _uncut(account: Account) -> None:
     """What is whole on every rank saw the rank's own tokens: what data parallelism left of its gradient is summed."""
     left = [weight.values for weight in account.weights.values() if "tp" not in weight.mesh and weight.values]
-    messages = len(list(in_messages(left, int, lambda _values: account.setup.master_dtype)))
+    messages = len(list(in_messages(left, int, lambda _values: account.layout.master_dtype)))
     payload = sum(left) * max(4, account.master_bytes)
     account.add("all_reduce", "tp", "gradients of what is whole", payload, messages=messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from zoo.core.contracts import ExpertShape, LayoutRequest, ParallelAdapter, ParallelPlan, Phase, Setup
+from zoo.core.contracts import ExpertShape, Layout, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.seams import find
 
 if TYPE_CHECKING:
@@ -25,10 +25,11 @@ class DataParallel(ParallelAdapter):
     """The axes whose ranks work on rows of their own. Those of `cp` hold weights alike; what cuts rows is another's."""
     phase: ClassVar[Phase] = Phase.WRAP
 
-    def applies(self, degrees: Mapping[str, int], setup: Setup) -> bool:
+    def applies(self, layout: Layout) -> bool:
         """Also on one rank when arithmetic and weights differ in type: FSDP2 then does the casting."""
-        ranks = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
-        return setup.data_parallel == self.name and (ranks > 1 or casts(setup))
+        degrees = layout.degrees
+        ranks = degrees.dp * degrees.cp
+        return layout.settings.data_parallel == self.name and (ranks > 1 or casts(layout))
 
 
 class DataParallelOnceAStep(DataParallel):
@@ -43,16 +44,16 @@ class DataParallelOnceAStep(DataParallel):
         unit.set_reshard_after_backward(last)
 
 
-def precision(setup: Setup) -> MixedPrecisionPolicy:
+def precision(layout: Layout) -> MixedPrecisionPolicy:
     """Weights in the master type, arithmetic in another, gradients reduced and added up in the master type."""
     return MixedPrecisionPolicy(
-        param_dtype=getattr(torch, setup.dtype), reduce_dtype=getattr(torch, setup.master_dtype)
+        param_dtype=getattr(torch, layout.dtype), reduce_dtype=getattr(torch, layout.master_dtype)
     )
 
 
-def casts(setup: Setup) -> bool:
+def casts(layout: Layout) -> bool:
     """Whether arithmetic and weights differ in type, which takes an adapter even on one rank."""
-    return setup.dtype != setup.master_dtype
+    return layout.dtype != layout.master_dtype
 
 
 def wrap(
@@ -78,12 +79,12 @@ def wrap(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup, *, reshard: bool) -> None:
+def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout, *, reshard: bool) -> None:
     """`fully_shard` of every unit: over dp_shard x cp, experts over what `ep` leaves of it, copied over dp_replicate.
 
     With `reshard` weights are given up after a block's forward and gathered again for its backward.
     """
-    policy, after = precision(setup), None if reshard else False
+    policy, after = precision(layout), None if reshard else False
     placement = _across(mesh.size("efsdp"))
     wrap(
         model,
@@ -95,12 +96,12 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup, *, res
     )
 
 
-def sharding_objection(request: LayoutRequest) -> str | None:
+def sharding_objection(layout: Layout) -> str | None:
     """None for dense models, for FSDP2 shards dim 0 unevenly; or why experts cannot be cut so."""
-    ep, ranks = request.degrees["ep"], request.degrees["dp_shard"] * request.degrees["cp"]
-    if ep == 1 or request.experts is None or _divides(request.experts, ranks // ep):
+    ep, ranks = layout.degrees.ep, layout.degrees.dp_shard * layout.degrees.cp
+    if ep == 1 or layout.model.experts is None or _divides(layout.model.experts, ranks // ep):
         return None
-    shape = request.experts
+    shape = layout.model.experts
     return (
         f"--ep {ep} leaves dp_shard x cp / ep = {ranks // ep} ranks to share each expert, whose widths "
         f"{shape.hidden_size} and {shape.intermediate_size} are no multiples of that: only dim 0 may be cut "
@@ -108,9 +109,9 @@ def sharding_objection(request: LayoutRequest) -> str | None:
     )
 
 
-def keeping_objection(request: LayoutRequest, name: str) -> str | None:
+def keeping_objection(layout: Layout, name: str) -> str | None:
     """None, or that layout.reshard=false asks for what is not done otherwise. That the default is true says nothing."""
-    if request.reshard:
+    if layout.settings.reshard:
         return None
     return f"layout.reshard=false: --data-parallel {name} keeps weights from first forward to last backward anyway"
 

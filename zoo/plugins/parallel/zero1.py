@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
+from zoo.core.contracts import Layout, ParallelPlan
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
@@ -28,18 +28,18 @@ class ShardedOptimizer(units.DataParallelOnceAStep):
 
     name: ClassVar[str] = "zero1"
 
-    def check(self, request: LayoutRequest) -> str | None:
+    def check(self, layout: Layout) -> str | None:
         """None, or why experts cannot be cut so, or weights not be kept."""
-        return units.keeping_objection(request, self.name) or units.sharding_objection(request)
+        return units.keeping_objection(layout, self.name) or units.sharding_objection(layout)
 
-    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
+    def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Shard in place what the optimizer sees."""
-        units.shard(model, plan, mesh, setup, reshard=False)
+        units.shard(model, plan, mesh, layout, reshard=False)
         return model
 
-    def whole(self, setup: Setup) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[Part]:
         """Weights, and gradients where they add up over microbatches."""
-        return {"weights", "gradients"} if setup.pipeline.microbatches > 1 else {"weights"}
+        return {"weights", "gradients"} if layout.microbatches > 1 else {"weights"}
 
     def account(self, account: Account) -> None:
         """Add what units send: once a step."""

@@ -13,17 +13,17 @@ from hypothesis import given, settings, strategies as st
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core.contracts import BlockShape, LayoutRequest, PipelineSetup
+from zoo.core.contracts import BlockShape, Layout
+from zoo.core.degrees import AXES, Degrees
 from zoo.core.errors import FitError, LayoutError, UsageError
 from zoo.core.flags import FLAGS
-from zoo.core.inventory import block_shapes, meta_model, model_values
+from zoo.core.inventory import block_shapes, meta_model, model_facts
 from zoo.core.job import Job
-from zoo.core.layout_check import parts_whole
 from zoo.core.machine import Machine
-from zoo.core.mesh import AXES
 from zoo.core.plugins import Plugins
 from zoo.core.prepare import elsewhere
 from zoo.core.registry import Registry
+from zoo.core.resolve import parts_whole
 from zoo.core.state_memory import state_bytes
 from zoo.core.written import parse_assignments
 from zoo.plugins.parallel.pipeline import PipelineParallel
@@ -59,7 +59,7 @@ def refusal(family, words, machine=ANY, *, size="tiny", seq=1024):
     job, case = known(family, size, seq)
     job, case = typed(job, words), case.on(machine)
     with pytest.raises((LayoutError, FitError)) as caught:
-        case.agreed(job)
+        case.resolve(job)
     reason, _, hint = str(caught.value).partition("; nearest that works: ")
     assert "\n" not in reason
     found = hint.split(" or ") if hint else []
@@ -178,23 +178,14 @@ def test_what_is_said_to_work_works_and_no_smaller_change_does(family, degrees, 
 @pytest.mark.parametrize("pp", [2, 3, 4])
 def test_a_pipeline_that_leaves_a_rank_without_a_seam_is_refused_and_no_other(model, pp):
     spec, config = layouts.MODELS[model][0], layouts.config(model, 4)
-    blocks, last = block_shapes(meta_model(spec, config), spec.plan(config))
-    pipeline = PipelineSetup(microbatches=pp, blocks=blocks, last_values=last)
-    request = LayoutRequest(
-        degrees={"pp": pp, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1},
-        seq=16,
-        model=model,
-        config=config,
-        problem=None,
-        pipeline=pipeline,
-    )
-    said, failed = PipelineParallel().check(request), []
+    layout = Layout(degrees=Degrees(pp=pp), seq=16, microbatches=pp, model=model_facts(model, spec, config))
+    said, failed = PipelineParallel().check(layout), []
     for rank in range(pp):
         mesh = SimpleNamespace(rank=lambda _axis, rank=rank: rank, size=lambda _axis: pp)
         with torch.device("meta"):
             built = spec.build(config)
         try:
-            PipelineParallel().apply(built, spec.plan(config), mesh, SimpleNamespace(pipeline=pipeline))
+            PipelineParallel().apply(built, spec.plan(config), mesh, layout)
         except UsageError:
             failed.append(rank)
     assert (said is None) == (not failed)
@@ -242,10 +233,9 @@ def test_the_state_of_a_rank_is_what_is_said_of_it(model, words):
     chosen = layouts.choose(model, f"{words} bf16")
     found = ranks.run(4, held, chosen)
     spec, config = layouts.MODELS[model][0], chosen.config
-    values = model_values(meta_model(spec, config), spec.plan(config))
-    assert sum(values.total) == sum(p.numel() for p in meta_model(spec, config).parameters())
-    whole = parts_whole(chosen.adapters, chosen.setup) - {"weights", "gradients" if "zero1" in words else ""}
-    said = state_bytes(values, chosen.degrees, chosen.setup, whole)
+    assert sum(chosen.layout.model.values.total) == sum(p.numel() for p in meta_model(spec, config).parameters())
+    whole = parts_whole(chosen.layout, chosen.adapters) - {"weights", "gradients" if "zero1" in words else ""}
+    said = state_bytes(chosen.layout, whole)
     # The head is cheap beside blocks of so few tokens, so stages are not equal.
     slack = 0.2 if "pp" in words else 0.02
     assert sum(found) / 4 == pytest.approx(said, rel=0.02)
