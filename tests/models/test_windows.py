@@ -13,7 +13,7 @@ from zoo.cli.main import main
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.errors import DataError
-from zoo.core.seams import swap
+from zoo.core.seams import replace_modules
 from zoo.core.weights import ModuleSource, load_into
 from zoo.models.llama3.config import hub_config, override, parse
 from zoo.models.llama3.model import SPEC
@@ -59,7 +59,9 @@ def test_logits_are_transformers_at_every_window(model_type, window):
     with torch.no_grad():
         wanted = _logits(ours, rows)
         check_fp32(lambda: _logits(ours, rows), {name: theirs(row).logits for name, row in rows.items()})
-        swap(ours, "model.layers.*.self_attn.core", lambda old: AttentionSeam(Sdpa(), window=old.window), owner="test")
+        replace_modules(
+            ours, "model.layers.*.self_attn.core", lambda old: AttentionSeam(Sdpa(), window=old.window), owner="test"
+        )
         torch.testing.assert_close(ours(tokens), wanted["whole"], rtol=0, atol=1e-12)
         packed = Mask(64, ((0, 20), (20, 64)))
         positions = torch.cat([torch.arange(20), torch.arange(44)])[None].expand(2, -1)

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo import Converter, DataError, HubCheckpoint, ModelSpec, Registry, TensorSource, UsageError
 from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
-from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
-from zoo.core.errors import DataError, UsageError
 from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, checked_book
-from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.units import format_duration
 

@@ -15,7 +15,7 @@ from zoo.core.contracts import BlockShape, HubCheckpoint, ModelSpec, ParallelPla
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
-from zoo.core.seams import find, matches
+from zoo.core.seams import find_modules, matches
 from zoo.core.state_memory import ModelValues, Values
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -137,14 +137,14 @@ def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) 
     found: dict[tuple[str, int], None] = {}
     for glob, style in spec.plan(config).tensor.items():
         if style != "sequence":
-            weights = (model.get_submodule(name).get_parameter("weight") for name in find(model, glob))
+            weights = (model.get_submodule(name).get_parameter("weight") for name in find_modules(model, glob))
             found |= dict.fromkeys((glob, weight.shape[1 if style == "rowwise" else 0]) for weight in weights)
     return list(found)
 
 
 def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
     """How many values each block and the rest have, by what may cut them. A tied parameter counts once."""
-    blocks = dict.fromkeys(find(model, plan.block), Values())
+    blocks = dict.fromkeys(find_modules(model, plan.block), Values())
     ends = Values()
     cut = [glob for glob, style in plan.tensor.items() if style != "sequence"]
     for name, parameter in model.named_parameters():
@@ -165,15 +165,17 @@ def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
 
 def block_shapes(model: nn.Module, plan: ParallelPlan) -> tuple[tuple[BlockShape, ...], int]:
     """The blocks in order, and the matrix values of what only the last stage of a pipeline needs."""
-    seams = {seam: find(model, glob) for seam, glob in plan.seams.items()}
+    seams = {seam: find_modules(model, glob) for seam, glob in plan.seams.items()}
     blocks = tuple(
         BlockShape(
             matrix_values=_matrix_values(model.get_submodule(block)),
             seams=frozenset(s for s, names in seams.items() if any(n.startswith(f"{block}.") for n in names)),
         )
-        for block in find(model, plan.block)
+        for block in find_modules(model, plan.block)
     )
-    return blocks, sum(_matrix_values(model.get_submodule(name)) for glob in plan.last for name in find(model, glob))
+    return blocks, sum(
+        _matrix_values(model.get_submodule(name)) for glob in plan.last for name in find_modules(model, glob)
+    )
 
 
 def _matrix_values(module: nn.Module) -> int:

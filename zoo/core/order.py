@@ -13,7 +13,7 @@ from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne, Scheduler
-from zoo.core.seams import find, swap
+from zoo.core.seams import find_modules, replace_modules
 
 if TYPE_CHECKING:
     from zoo.core.mesh import Mesh
@@ -54,8 +54,8 @@ def build(
         model = spec.build(config).to(getattr(torch, setup.master_dtype))
     plan = spec.plan(config)
     for glob in (plan.block, *plan.tensor, *plan.expert, *plan.seams.values(), *plan.first, *plan.last):
-        find(model, glob)
-    swap(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
+        find_modules(model, glob)
+    replace_modules(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
         (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, setup)) for adapter in adapters
     ]

@@ -27,7 +27,7 @@ from zoo.core import mesh_groups
 from zoo.core.contracts import ExpertShape, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Setup
 from zoo.core.inventory import meta_model
 from zoo.core.mesh import AXES, Degrees
-from zoo.core.seams import find
+from zoo.core.seams import find_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,7 +220,7 @@ class Account:
 
     def found(self, globs: Iterable[str]) -> list[str]:
         """Modules of the whole model that globs match."""
-        return [name for glob in globs for name in find(self.model, glob)]
+        return [name for glob in globs for name in find_modules(self.model, glob)]
 
     def here(self, modules: Iterable[str]) -> list[str]:
         """Those modules that lie in this rank's blocks."""
@@ -277,7 +277,7 @@ def step_traffic(
         device=device,
         forwards=policy.forwards if isinstance(policy, Repeating) else 1,
         weights={name: Weight(shape=tuple(p.shape)) for name, p in model.named_parameters()},
-        blocks=find(model, plan.block),
+        blocks=find_modules(model, plan.block),
     )
     for adapter in sorted(adapters, key=lambda a: (a.phase, a.name)):
         if isinstance(adapter, Accounted):

@@ -6,8 +6,7 @@ B rows, T query tokens, S key tokens, N query heads, G key/value heads, R = N //
 import torch
 from torch import Tensor
 
-from zoo.core.attention.kernel import RectangleBackend
-from zoo.core.contracts import AttentionProblem
+from zoo import AttentionProblem, RectangleBackend
 
 Tensors = tuple[Tensor, ...]
 

@@ -8,13 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.contracts import ModelSpec, ParallelPlan
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_weights
-from zoo.models.common.fields import Fields
-from zoo.models.common.norms import RMSNorm
-from zoo.models.common.rope import RotaryEmbedding
-from zoo.models.common.rope_parameters import RopeParameters
+from zoo import ModelSpec, ParallelPlan
+from zoo.models.common import (
+    Attention,
+    CausalLM,
+    Decoder,
+    DecoderLayer,
+    Fields,
+    RMSNorm,
+    RopeParameters,
+    RotaryEmbedding,
+    init_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

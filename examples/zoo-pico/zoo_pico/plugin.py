@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo import hookimpl
-from zoo.core.contracts import AttentionEntry, CommandEntry, ModelEntry
+from zoo import AttentionEntry, CommandEntry, ModelEntry, hookimpl
 
 ZOO_PLUGIN_API = 1
 TINY = Path(__file__).parent / "tiny"

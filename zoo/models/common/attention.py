@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.errors import UsageError
+from zoo import UsageError
 from zoo.models.common.rope import rotate
 
 _ROWS = 512

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.models.common.fields import Fields
 from zoo.models.common.rope_parameters import RopeParameters, hub_rope, override_rope, parse_rope, rope_for_length
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zoo.core.entries import ModelEntry, load_target
-from zoo.core.hookspecs import hookimpl
+from zoo import ModelEntry, hookimpl
+from zoo.core.entries import load_target
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import LayoutRequest
+    from zoo import LayoutRequest
 
 TINY_RECIPE = {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}
 """The corpus that tiny models are trained on, at a rate and length that show something within minutes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zoo.core.contracts import ParallelPlan, SeamName, TensorStyle
+from zoo import ParallelPlan, SeamName, TensorStyle
 
 LAYER = "model.layers.*"
 _DENSE: Mapping[SeamName, str] = {"mlp": f"{LAYER}.run_mlp"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import ModelEntry
-from zoo.models.common.family import TINY_RECIPE, Family
+from zoo import ModelEntry
+from zoo.models.common import TINY_RECIPE, Family
 from zoo.models.nemotron_nas.sizes import KV_HEADS, MODEL_TYPE, PARAMETERS, SIZES
 
 ZOO_PLUGIN_API = 1

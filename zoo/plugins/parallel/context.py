@@ -11,20 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zoo import Batch, ContextSetup, LayoutRequest, Link, Mesh, ParallelPlan, Phase, Setup, UsageError, replace_modules
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, Question, ShardedMask
-from zoo.core.attention.wire import Link
-from zoo.core.batch import Batch
-from zoo.core.contracts import ContextSetup, LayoutRequest, ParallelPlan, Phase, Setup
-from zoo.core.errors import UsageError
-from zoo.core.mesh import Mesh
-from zoo.core.seams import swap
 from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
-    from zoo.core.attention.mask import Mask
-    from zoo.core.traffic import Account
+    from zoo import Account, Mask
 
 
 class ContextParallel:
@@ -68,9 +62,9 @@ class ContextParallel:
         group = mesh["cp"].get_group()
         _connect(group, mesh.device_type)
         link = Link(group, getattr(torch, context.wire) if context.wire else None)
-        swap(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
+        replace_modules(model, plan.seams["attention"], lambda old: _exchanging(old, context, link), owner=self.name)
         if "row_sum" in plan.seams:
-            swap(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
+            replace_modules(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:

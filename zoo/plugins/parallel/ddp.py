@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Setup
+from zoo import LayoutRequest, ParallelPlan, Setup
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
-    from zoo.core.mesh import Mesh
+    from zoo import Account, Mesh
     from zoo.core.state_memory import Part
-    from zoo.core.traffic import Account
 
 
 class ReplicatedData(units.DataParallelOnceAStep):

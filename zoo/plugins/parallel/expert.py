@@ -17,16 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup
-from zoo.core.errors import UsageError
-from zoo.core.routing import Arrangement, Routing, by_expert, combine, permute, spread
-from zoo.core.seams import find, swap
+from zoo import LayoutRequest, ParallelPlan, Phase, Routing, Setup, UsageError, find_modules, replace_modules
+from zoo.core.routing import Arrangement, by_expert, combine, permute, spread
 from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Batch, Mesh
 
 
 class ExpertParallel:
@@ -59,11 +55,11 @@ class ExpertParallel:
                 f"names none; type --ep 1"
             )
         for glob in plan.expert:
-            for name in find(model, glob):
+            for name in find_modules(model, glob):
                 _deal_out(model.get_submodule(name), mesh["ep"])
         group = mesh["ep"].get_group()
-        swap(model, plan.seams["dispatch"], lambda _old: ExpertDispatch(group), owner=self.name)
-        swap(model, plan.seams["grouped_matmul"], _LocalMatmul, owner=self.name)
+        replace_modules(model, plan.seams["dispatch"], lambda _old: ExpertDispatch(group), owner=self.name)
+        replace_modules(model, plan.seams["grouped_matmul"], _LocalMatmul, owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, setup: Setup) -> Batch:

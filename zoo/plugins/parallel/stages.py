@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from zoo.core.contracts import LayoutRequest, PipelineSetup, SeamName
+from zoo import LayoutRequest, PipelineSetup, SeamName
 from zoo.core.suggest import did_you_mean
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from zoo.core.contracts import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle
-from zoo.core.errors import UsageError
-from zoo.core.seams import find, matches, swap
+from zoo import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle, UsageError, find_modules, replace_modules
+from zoo.core.seams import matches
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,
@@ -32,9 +31,7 @@ from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up
 from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Batch, Mesh
 
 _LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
 
@@ -86,8 +83,8 @@ class TensorParallel:
                 raise UsageError(
                     f"--tp cuts the head of {type(model).__name__} and its plan names no seam 'loss'; use --tp 1"
                 )
-            swap(model, plan.seams["loss"], lambda _old: VocabularyLoss(ranks), owner=self.name)
-        for name in find(model, plan.block):
+            replace_modules(model, plan.seams["loss"], lambda _old: VocabularyLoss(ranks), owner=self.name)
+        for name in find_modules(model, plan.block):
             model.get_submodule(name).register_forward_pre_hook(ranks.watch)
         return model
 
@@ -109,9 +106,9 @@ class TensorParallel:
 def _share_rows(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:
     """Swap the seams that must know that a rank has a part of a row's tokens."""
     if "row_part" in plan.seams:
-        swap(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
+        replace_modules(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
     if "row_sum" in plan.seams:
-        swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
+        replace_modules(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
 
 
 def _is_cut(parameter: Tensor) -> bool:

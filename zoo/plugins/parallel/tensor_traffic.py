@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from zoo.core.contracts import TensorStyle
+from zoo import Account, TensorStyle
 from zoo.core.seams import matches
-from zoo.core.traffic import COUNT_BYTES, Account, Kind, Microbatch, Weight
+from zoo.core.traffic import COUNT_BYTES, Kind, Microbatch, Weight
 from zoo.plugins.parallel.tensor_loss import chunk_rows
 from zoo.plugins.parallel.tensor_ranks import in_messages
 
