@@ -341,7 +341,8 @@ class Setup:
 class ParallelAdapter(Protocol):
     """How one kind of parallelism changes a built model, from outside.
 
-    May be `zoo.core.order.Accumulating` and `Completing` and `zoo.core.state_memory.Holding` too.
+    May have the methods of `Scheduler` (forward_backward.py), of `Accumulating` and `Completing` (order.py), and of
+    `Holding` (state_memory.py) too. These are not public yet.
     """
 
     name: str

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
+"""How `tp` treats a module, see `ParallelPlan.tensor`."""
 SeamName = Literal[
     "attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "layer_sum", "row_sum", "row_part"
 ]
+"""A place in a model where what a parallel layout needs replaces a module without parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from zoo import ParallelPlan, SeamName, TensorStyle
 
 LAYER = "model.layers.*"
+"""The blocks of a decoder, as a glob over module names."""
 _DENSE: Mapping[SeamName, str] = {"mlp": f"{LAYER}.run_mlp"}
 
 
