@@ -38,6 +38,7 @@ TCP_BYTES_SENT = 200
 """Where Linux has tcpi_bytes_sent in struct tcp_info."""
 BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
 LAYOUTS = [
+    ("dense-head-norms", "tp2 no-sp"),
     ("llama", "dp_shard2"),
     ("llama", "dp_shard2 keep bf16"),
     ("llama-tied", "dp_shard2 zero1"),
