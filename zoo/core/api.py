@@ -34,7 +34,7 @@ from zoo.core.plugins import Plugins
 from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
-from zoo.core.sources import open_checkpoint
+from zoo.core.sources import family_of, open_checkpoint
 from zoo.core.train import joined, train, train_prepared
 from zoo.core.watchdog import Heart, Limits, LoneHeart
 from zoo.core.world import lost_touch
@@ -55,12 +55,7 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     finished.require_intact(opened)
     if opened.own_names and opened.checksums is None:
         warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
-    family = registry.match_checkpoint(opened.config)
-    if family is None:
-        raise UsageError(
-            f"{path}: no family here knows model_type '{opened.config.get('model_type')}'; see `zoo models`"
-        )
-    spec: ModelSpec = registry.models.load(family)
+    spec: ModelSpec = registry.models.load(family_of(opened, str(path), registry))
     config = spec.parse(opened.config)
     book = checked_book(opened, spec, config)
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
