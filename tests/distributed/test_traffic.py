@@ -38,13 +38,13 @@ TCP_BYTES_SENT = 200
 """Where Linux has tcpi_bytes_sent in struct tcp_info."""
 BEGIN, END = "<!-- bytes: written by tests/distributed/test_traffic.py -->", "<!-- end of bytes -->"
 LAYOUTS = [
-    ("dense-head-norms", "tp2 no-sp"),
     ("llama", "dp_shard2"),
     ("llama", "dp_shard2 keep bf16"),
     ("llama-tied", "dp_shard2 zero1"),
     ("nemotron", "dp_replicate2 ddp"),
     ("nemotron", "tp2 rows2"),
     ("llama-tied", "tp2 rows2 no-sp recompute"),
+    ("dense-head-norms", "tp2 no-sp"),
     ("nemotron-nas", "tp2 rows2 recompute bf16"),
     ("llama", "cp2 rows2 recompute"),
     ("llama-tied", "pp2 rows4"),
