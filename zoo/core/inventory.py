@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.core.contracts import BlockShape, HubCheckpoint, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
+from zoo.core.plan import CUT_STYLES
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 from zoo.core.seams import find_modules, matches
 from zoo.core.state_memory import ModelValues, Values
@@ -136,7 +137,7 @@ def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) 
     model = model or meta_model(spec, config)
     found: dict[tuple[str, int], None] = {}
     for glob, style in spec.plan(config).tensor.items():
-        if style != "sequence":
+        if style in CUT_STYLES:
             weights = (model.get_submodule(name).get_parameter("weight") for name in find_modules(model, glob))
             found |= dict.fromkeys((glob, weight.shape[1 if style == "rowwise" else 0]) for weight in weights)
     return list(found)
@@ -146,7 +147,7 @@ def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
     """How many values each block and the rest have, by what may cut them. A tied parameter counts once."""
     blocks = dict.fromkeys(find_modules(model, plan.block), Values())
     ends = Values()
-    cut = [glob for glob, style in plan.tensor.items() if style != "sequence"]
+    cut = [glob for glob, style in plan.tensor.items() if style in CUT_STYLES]
     for name, parameter in model.named_parameters():
         holders = [name[:i] for i, c in enumerate(name) if c == "."]
         if any(matches(holder, glob) for holder in holders for glob in plan.expert):

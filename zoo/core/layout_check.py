@@ -36,6 +36,7 @@ from zoo.core.machine import Machine
 from zoo.core.mesh import AXES, Degrees, resolve_degrees
 from zoo.core.registry import Registry
 from zoo.core.state_memory import Holding, ModelValues, Part, state_bytes
+from zoo.core.tensor_styles import check_styles
 from zoo.core.units import format_bytes, format_count
 
 _PROCESS_BYTES = 200 * 2**20
@@ -129,6 +130,8 @@ class LayoutCase:
         schemes = able_schemes(job, self.registry, request)
         setup = _setup(job, self.dtype, request.pipeline, schemes, self.windows)
         adapters = self._adapters(replace(request, schemes=schemes), setup)
+        if degrees.tp > 1:
+            self._check_styles(sequence_parallel=setup.sequence_parallel)
         self._check_memory(degrees, setup, adapters)
         return Agreed(
             job=job, degrees=degrees, global_batch=global_batch, request=request, setup=setup, adapters=adapters
@@ -212,6 +215,16 @@ class LayoutCase:
         for plugin, sentence in self.registry.check_layout(request):
             raise LayoutError(f"{sentence} (says plugin {plugin})")
         return adapters
+
+    def _check_styles(self, *, sequence_parallel: bool) -> None:
+        check_styles(
+            self.model,
+            self.spec.plan(self.config),
+            name=self.name,
+            hidden_size=self.config.hidden_size,
+            head_dims={heads.head_dim for heads in self.heads},
+            every=not sequence_parallel,
+        )
 
     def _check_memory(self, degrees: Degrees, setup: Setup, adapters: Sequence[ParallelAdapter]) -> None:
         """Refuse only what cannot fit: by weights, gradients and optimizer state alone."""

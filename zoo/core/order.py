@@ -31,7 +31,7 @@ class Accumulating(Protocol):
 class Completing(Protocol):
     """An adapter whose ranks have parts of gradients until a step's last backward is done."""
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
+    def complete_gradients(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> None:
         """Called on every rank once a step, before the gradients' norm is taken: add the parts up in place."""
 
 
@@ -77,7 +77,7 @@ def forward_backward(
         strategy = scheduler.forward_backward(model, plan, mesh, setup)
     for adapter in adapters:
         if isinstance(adapter, Completing):
-            strategy = Completed(strategy, partial(adapter.complete_gradients, model, mesh, setup))
+            strategy = Completed(strategy, partial(adapter.complete_gradients, model, plan, mesh, setup))
     return strategy
 
 

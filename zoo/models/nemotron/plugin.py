@@ -21,7 +21,6 @@ _family = Family(
         embedded=EMBEDDED,
         recipes={"tiny": TINY_RECIPE},
     ),
-    model_types=(MODEL_TYPE,),
     for_length="zoo.models.nemotron.config:for_length",
 )
 

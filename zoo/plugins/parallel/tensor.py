@@ -1,8 +1,8 @@
 """The `tensor` adapter: matrices are cut over the axis `tp` as the plan says, norms and the residual on tokens.
 
 Megatron's cut (1909.08053, 2205.05198): `colwise` matrices by outputs, `rowwise` ones by inputs, embedding and head by
-words of the vocabulary. What sees tokens one by one, experts too, is whole on every rank, on its own tokens: gradients
-are parts until a step's last backward is done.
+words of the vocabulary. What sees tokens one by one, experts too, is whole on every rank, on its own tokens, and a norm
+of heads on its own heads: gradients are parts until a step's last backward is done.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from zoo import LayoutRequest, ParallelPlan, Phase, Setup, TensorStyle, UsageError, find_modules, replace_modules
+from zoo.core.plan import CUT_STYLES
 from zoo.core.seams import matches
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
@@ -64,19 +65,16 @@ class TensorParallel:
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> nn.Module:
         """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
 
-        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss,
-        or if it must say of a module where it stands and does not.
+        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
         """
         kind = OverlappingRanks if setup.overlap_tensor else TensorRanks
         ranks = kind(mesh["tp"].get_group(), sequence=setup.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():
-            if style != "sequence":
+            if style in CUT_STYLES:
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
-        if not ranks.sequence:
-            _check_places(model, styles)
-        else:
+        if ranks.sequence:
             _share_rows(model, plan, ranks)
         if "vocab" in styles.values():
             if "loss" not in plan.seams:
@@ -92,11 +90,15 @@ class TensorParallel:
         """Unchanged: every rank of `tp` sees the whole row and keeps its tokens after the embedding."""
         return batch
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, setup: Setup) -> None:
-        """Under sequence parallelism a rank's gradients of what is not cut are of its own tokens: add them up."""
-        if setup.sequence_parallel:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None and not _is_cut(p)]
-            add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
+    def complete_gradients(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, setup: Setup) -> None:
+        """Add up the gradients that are parts on each rank of `tp`.
+
+        Under sequence parallelism those of all that is not cut: a rank saw its own tokens. Otherwise those of what
+        works on heads: a rank saw its own heads, and of the residual everything.
+        """
+        parameters = _uncut(model) if setup.sequence_parallel else _of_heads(model, plan)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
 
     def account(self, account: Account) -> None:
         """Add what hidden states cost where they meet cut matrices, and what is not cut in the end."""
@@ -109,6 +111,16 @@ def _share_rows(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> Non
         replace_modules(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
     if "row_sum" in plan.seams:
         replace_modules(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
+
+
+def _uncut(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not _is_cut(parameter)]
+
+
+def _of_heads(model: nn.Module, plan: ParallelPlan) -> list[nn.Parameter]:
+    """Parameters of the modules that the plan calls `heads`, each once though several modules may share it."""
+    modules = [model.get_submodule(name) for name, style in _styles(model, plan).items() if style == "heads"]
+    return list(dict.fromkeys(p for module in modules for p in module.parameters(recurse=False)))
 
 
 def _is_cut(parameter: Tensor) -> bool:
@@ -126,16 +138,6 @@ def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
     """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
     held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
-
-
-def _check_places(model: nn.Module, styles: Mapping[str, TensorStyle]) -> None:
-    """Without sequence parallelism gradients on the residual are whole and others parts, as only a plan can tell."""
-    for name, module in model.named_modules():
-        if name not in styles and any(True for _ in module.parameters(recurse=False)):
-            raise UsageError(
-                f"--tp with layout.sequence_parallel=false must know whether '{name}' works on the residual, and the "
-                f"model's plan does not name it in 'tensor'; type --set layout.sequence_parallel=true"
-            )
 
 
 class _Cutter:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from zoo import Account, TensorStyle
+from zoo.core.plan import CUT_STYLES
 from zoo.core.seams import matches
 from zoo.core.traffic import COUNT_BYTES, Kind, Microbatch, Weight
 from zoo.plugins.parallel.tensor_loss import chunk_rows
 from zoo.plugins.parallel.tensor_ranks import in_messages
-
-_CUT = ("colwise", "rowwise", "vocab")
 
 
 def account_tensor(account: Account) -> None:
@@ -22,14 +21,13 @@ def account_tensor(account: Account) -> None:
     styles = _styles(account)
     for name, weight in account.weights.items():
         style = styles.get(name.rpartition(".")[0])
-        if style in _CUT:
+        if style in CUT_STYLES:
             account.weights[name] = _cut(name, weight, style, account.size("tp"))
     for batch in account.batches:
         _hidden(account, batch, styles)
         if account.is_last:
             _loss(account, batch)
-    if account.setup.sequence_parallel:
-        account.afterwards.append(lambda: _uncut(account))
+    account.afterwards.append(lambda: _parts(account, styles))
 
 
 def _styles(account: Account) -> dict[str, TensorStyle]:
@@ -98,9 +96,16 @@ def _loss(account: Account, batch: Microbatch) -> None:
         account.add("all_reduce", "tp", "counts of a row", account.experts.num_experts * COUNT_BYTES)
 
 
-def _uncut(account: Account) -> None:
-    """What is whole on every rank saw the rank's own tokens: what data parallelism left of its gradient is summed."""
-    left = [weight.values for weight in account.weights.values() if "tp" not in weight.mesh and weight.values]
+def _parts(account: Account, styles: Mapping[str, TensorStyle]) -> None:
+    """What data parallelism left of gradients that are parts is summed: of all that is whole under sequence
+    parallelism, for a rank saw its own tokens, otherwise of what works on heads.
+    """
+    everything = account.setup.sequence_parallel
+    left = [
+        weight.values
+        for name, weight in account.weights.items()
+        if "tp" not in weight.mesh and weight.values and (everything or styles.get(name.rpartition(".")[0]) == "heads")
+    ]
     messages = len(list(in_messages(left, int, lambda _values: account.setup.master_dtype)))
     payload = sum(left) * max(4, account.master_bytes)
     account.add("all_reduce", "tp", "gradients of what is whole", payload, messages=messages)
