@@ -72,11 +72,11 @@ def step_of_transformers(folder: Path, count: int):
 def step_of_zoo(folder: Path, count: int):
     import zoo
     from zoo.core.attention.seam import AttentionSeam
-    from zoo.core.seams import swap
+    from zoo.core.seams import replace_modules
     from zoo.plugins.attention.sdpa import Sdpa
 
     model = zoo.load(folder).train()
-    swap(model, "model.layers.*.self_attn.core", lambda _old: AttentionSeam(Sdpa()), owner="benchmark")
+    replace_modules(model, "model.layers.*.self_attn.core", lambda _old: AttentionSeam(Sdpa()), owner="benchmark")
     row = tokens_of(count)
     tokens, labels = row[:, :-1].contiguous(), row[:, 1:].contiguous()
     labels[:, -1] = -100  # transformers has no target there

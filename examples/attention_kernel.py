@@ -11,9 +11,7 @@ B rows, T query tokens, S key tokens, N query heads, G key/value heads, R = N //
 import torch
 from torch import Tensor
 
-from zoo import hookimpl
-from zoo.core.attention.kernel import RectangleBackend
-from zoo.core.contracts import AttentionEntry, AttentionProblem
+from zoo import AttentionEntry, AttentionProblem, RectangleBackend, hookimpl
 
 
 @hookimpl

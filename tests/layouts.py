@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tests.distributed import ranks
+from tests.models import head_norms
 from zoo.core import order, weights
 from zoo.core.batch import Row, collate
 from zoo.core.contracts import IGNORE, AttentionBackend, Layout, MemoryPolicy, ParallelAdapter
@@ -102,6 +103,8 @@ MODELS = {
     "mixtral-plain": (MIXTRAL, _SIZES | _PLAIN),
     "mixtral-biased": (MIXTRAL, _SIZES | _BALANCED),
     "mixtral-window": (MIXTRAL, _SIZES | _BALANCED | {"sliding_window": 7}),
+    "dense-head-norms": (head_norms.DENSE, _SIZES | _LLAMA),
+    "sparse-head-norms": (head_norms.SPARSE, _SIZES | _BALANCED),
 }
 """Mixtral is trained on its auxiliary loss too, but for `mixtral-plain`."""
 
@@ -223,7 +226,7 @@ def prepared(model, words):
 
 @cache
 def registry():
-    return Registry(Plugins.load())
+    return Registry(Plugins.load(files=[Path(head_norms.__file__).with_name("head_norms_plugin.py")]))
 
 
 @cache

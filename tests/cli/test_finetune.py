@@ -86,6 +86,8 @@ def checkpoint(tmp_path):
         (("llama3", "--steps", "0"), 2, ["schedule.steps (--steps): 0", "at least 1"]),
         (("llama3", "--resume", "nowhere"), 2, ["nowhere", "neither a run nor a checkpoint"]),
         ((), 2, ["which model?", "zoo models"]),
+        (("--from", "scratch"), 2, ["which model?", "llama3 --from scratch"]),
+        (("--from", "nowhere"), 2, ["nowhere does not exist"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(args, status, words, capsys, tmp_path):

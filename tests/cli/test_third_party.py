@@ -30,7 +30,7 @@ class Environment:
         self.python = folder / "venv" / "bin" / "python"
         (own,) = (folder / "venv" / "lib").glob("python*/site-packages")
         shared = [path for path in site.getsitepackages() if Path(path).is_dir()]
-        lines = [f"import site; site.addsitedir({path!r})" for path in [*shared, str(ROOT)]]
+        lines = [f"import site; site.addsitedir({path!r})" for path in [str(ROOT), *shared]]
         (own / "shared.pth").write_text("\n".join(lines))
 
     def install(self, *sources):

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoo
 import zoo.models.llama3
 from zoo.cli.main import main
+from zoo.core import api
 from zoo.core.checksums import NAME as CHECKSUMS
+from zoo.core.plugins import Plugins
 
 TINY = Path(zoo.models.llama3.__file__).parent / "tiny"
 TEMPLATE = (
@@ -123,8 +125,8 @@ def test_the_start_of_a_run_says_where_its_model_will_stop(base, tmp_path, capsy
 
 
 def test_longer_rows_make_the_tokenizers_limit_longer(base, tmp_path):
-    prepared = zoo.plan("llama3", from_=str(base), data=__file__, seq="4k", out=str(tmp_path / "run"))
-    files = prepared.hub_files
+    flags = {"from_": str(base), "data": __file__, "seq": "4k", "out": str(tmp_path / "run")}
+    files = api.ready(Plugins.load(), "llama3", flags).hub_files
     limit = json.loads(files["tokenizer_config.json"])["model_max_length"]
     assert limit == json.loads(files["config.json"])["max_position_embeddings"] == 4096
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from zoo.core.errors import UsageError
-from zoo.core.seams import find, matches, swap
+from zoo.core.seams import find_modules, matches, replace_modules
 
 
 def model():
@@ -24,13 +24,13 @@ def test_a_star_is_exactly_one_atom(name, glob, expected):
 
 def test_a_glob_that_matches_nothing_is_an_error_that_names_it():
     with pytest.raises(UsageError, match=r"layers.\*.nothing"):
-        find(model(), "layers.*.nothing")
+        find_modules(model(), "layers.*.nothing")
 
 
 def test_swapping_keeps_every_parameter_name():
     net = model()
     before = [name for name, _ in net.named_parameters()]
-    assert swap(net, "layers.*.core", lambda old: nn.Dropout(0.0), owner="test") == 3
+    assert replace_modules(net, "layers.*.core", lambda old: nn.Dropout(0.0), owner="test") == 3
     assert [name for name, _ in net.named_parameters()] == before
     assert isinstance(net.get_submodule("layers.1.core"), nn.Dropout)
 
@@ -38,4 +38,4 @@ def test_swapping_keeps_every_parameter_name():
 @pytest.mark.parametrize("glob", ["layers.*.proj", "layers.*.core"])
 def test_nothing_with_parameters_may_be_a_seam(glob):
     with pytest.raises(UsageError, match="no parameters"):
-        swap(model(), glob, lambda old: nn.Linear(2, 2), owner="test")
+        replace_modules(model(), glob, lambda old: nn.Linear(2, 2), owner="test")

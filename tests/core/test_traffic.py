@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from zoo.cli import main as shell
-from zoo.core import api
+from zoo.core import api, traffic_report
 from zoo.core.contracts import Phase
+from zoo.core.plugins import Plugins
 from zoo.core.traffic import sent
 
 JOB = {"data": "README.md", "seq": "256", "size": "tiny", "from_": "scratch", "memory": "none", "dtype": "float32"}
@@ -21,9 +22,17 @@ def in_the_repository(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
+def prepared(model, **flags):
+    return api.ready(Plugins.load(), model, JOB | flags)
+
+
+def report_of(model, **flags):
+    return traffic_report.report(prepared(model, **flags))
+
+
 def flows(model="llama3", **flags):
     """By collective, axis and purpose: bytes of the payload, and ranks of the group."""
-    report = api.traffic(api.plan(model, **JOB, **flags))
+    report = report_of(model, **flags)
     return {(flow.kind, flow.axis, flow.what): (flow.payload, ranks) for flow, ranks, _ in report.flows}
 
 
@@ -55,14 +64,14 @@ def test_balanced_routers_send_their_share_elsewhere():
 
 def test_the_rank_that_sends_most_is_shown():
     """Of two stages of one block each the first gathers the embedding, the second the head and a norm more."""
-    report = api.traffic(api.plan("nemotron", **JOB, pp=2, dp_shard=2))
+    report = report_of("nemotron", pp=2, dp_shard=2)
     assert report.rank == 2
     assert report.silent == ()
 
 
 def test_an_adapter_that_says_nothing_is_named():
     silent = SimpleNamespace(name="silent", phase=Phase.WRAP)
-    report = api.traffic(dataclasses.replace(api.plan("llama3", **JOB, dp_shard=2), adapters=[silent]))
+    report = traffic_report.report(dataclasses.replace(prepared("llama3", dp_shard=2), adapters=[silent]))
     assert (report.silent, report.flows) == (("silent",), ())
 
 

@@ -45,6 +45,7 @@ LAYOUTS = [
     ("nemotron", "dp_replicate2 ddp"),
     ("nemotron", "tp2 rows2"),
     ("llama-tied", "tp2 rows2 no-sp recompute"),
+    ("dense-head-norms", "tp2 no-sp"),
     ("nemotron-nas", "tp2 rows2 recompute bf16"),
     ("llama", "cp2 rows2 recompute"),
     ("llama-tied", "pp2 rows4"),

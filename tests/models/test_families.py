@@ -14,7 +14,7 @@ from tests.models.reference import FAMILIES, draw_fields, token_loss
 from zoo.core.contracts import Layout, ModelFacts
 from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
-from zoo.core.seams import find, swap
+from zoo.core.seams import find_modules, replace_modules
 from zoo.core.weights import ModuleSource, allocate, load_into
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -46,11 +46,11 @@ def test_every_glob_of_the_plan_matches_and_every_seam_is_parameterless(family):
     spec = FAMILIES[family].spec
     model, plan = build(family), spec.plan(spec.parse(draw_fields(0, family)))
     for glob in (plan.block, *plan.tensor, *plan.expert, *plan.first, *plan.last):
-        find(model, glob)
+        find_modules(model, glob)
     for glob in plan.seams.values():
-        for name in find(model, glob):
+        for name in find_modules(model, glob):
             assert not list(model.get_submodule(name).parameters())
-    cut = {name for glob in (*plan.tensor, *plan.expert, *FAMILIES[family].whole) for name in find(model, glob)}
+    cut = {name for glob in (*plan.tensor, *plan.expert, *FAMILIES[family].whole) for name in find_modules(model, glob)}
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     assert owners <= cut, "every parameter is in a module that the plan speaks of"
 
@@ -73,7 +73,7 @@ def test_each_seam_is_really_used(family):
     tokens = torch.randint(0, 97, (1, 8))
     before = token_loss(model, tokens, tokens)
     for seam, glob in plan.seams.items():
-        swap(model, glob, lambda old, seam=seam: Spy(seam, old), owner="test")
+        replace_modules(model, glob, lambda old, seam=seam: Spy(seam, old), owner="test")
     assert torch.equal(token_loss(model, tokens, tokens), before)
     once = {"loss", "layer_sum", "row_sum", "row_part"}
     assert all(called.count(seam) == 1 for seam in plan.seams.keys() & once)
@@ -89,7 +89,7 @@ def test_the_mask_reaches_the_attention_seam_untouched(family):
 
     seen, mask = [], object()
     model = build(family, num_hidden_layers=2)
-    swap(model, "model.layers.*.self_attn.core", lambda _old: Core(), owner="test")
+    replace_modules(model, "model.layers.*.self_attn.core", lambda _old: Core(), owner="test")
     model(torch.zeros(1, 4, dtype=torch.int64), mask=mask)
     assert seen == [mask, mask]
 

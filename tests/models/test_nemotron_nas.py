@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from tests.models import nas
 from zoo.core.contracts import HeadShape
 from zoo.core.errors import DataError
-from zoo.core.seams import find
+from zoo.core.seams import find_modules
 from zoo.models.nemotron_nas.config import num_parameters
 from zoo.models.nemotron_nas.model import SPEC
 from zoo.models.nemotron_nas.plugin import zoo_match_checkpoint, zoo_rope_for_length
@@ -107,10 +107,10 @@ def test_a_plan_speaks_of_what_there_is(seed):
     with torch.device("meta"):
         model = SPEC.build(config)
     plan = SPEC.plan(config)
-    cut = {name for glob in plan.tensor for name in find(model, glob)}
+    cut = {name for glob in plan.tensor for name in find_modules(model, glob)}
     assert {name.rpartition(".")[0] for name, _ in model.named_parameters()} <= cut
     for glob in plan.seams.values():
-        assert all(not list(model.get_submodule(name).parameters()) for name in find(model, glob))
+        assert all(not list(model.get_submodule(name).parameters()) for name in find_modules(model, glob))
     assert SPEC.flops_per_token(config, 0.0) == 6 * sum(
         p.numel()
         for n, p in model.named_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from zoo.cli.main import main
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.errors import DataError
-from zoo.core.seams import swap
+from zoo.core.seams import replace_modules
 from zoo.core.weights import ModuleSource, load_into
+from zoo.models.common import AttentionCore
 from zoo.models.llama3.config import hub_config, override, parse
 from zoo.models.llama3.model import SPEC
 from zoo.models.llama3.plugin import zoo_match_checkpoint
@@ -59,7 +61,9 @@ def test_logits_are_transformers_at_every_window(model_type, window):
     with torch.no_grad():
         wanted = _logits(ours, rows)
         check_fp32(lambda: _logits(ours, rows), {name: theirs(row).logits for name, row in rows.items()})
-        swap(ours, "model.layers.*.self_attn.core", lambda old: AttentionSeam(Sdpa(), window=old.window), owner="test")
+        replace_modules(
+            ours, "model.layers.*.self_attn.core", lambda old: AttentionSeam(Sdpa(), window=old.window), owner="test"
+        )
         torch.testing.assert_close(ours(tokens), wanted["whole"], rtol=0, atol=1e-12)
         packed = Mask(64, ((0, 20), (20, 64)))
         positions = torch.cat([torch.arange(20), torch.arange(44)])[None].expand(2, -1)
@@ -77,6 +81,24 @@ def test_the_core_computes_long_rows_in_parts():
     tokens = torch.randint(0, 97, (1, 1100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         check_fp32(lambda: {"logits": ours(tokens)}, {"logits": theirs(tokens).logits})
+
+
+def test_the_core_and_what_replaces_it_take_the_same_arguments():
+    core, seam = (signature(kind.forward).parameters.values() for kind in (AttentionCore, AttentionSeam))
+    assert [(p.name, p.kind) for p in core] == [(p.name, p.kind) for p in seam]
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["all", "window"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_the_core_and_what_replaces_it_scale_scores_alike(window, scale):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    found = AttentionCore(window)(q, k, v, None, scale=scale)
+    torch.testing.assert_close(found, AttentionSeam(Sdpa(), window=window)(q, k, v, None, scale=scale))
+    scores = (q * (0.5 if scale is None else scale)) @ k.repeat_interleave(2, 1).mT
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    hidden = (distance < 0) | (distance >= (window or 9))
+    torch.testing.assert_close(found, scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1))
 
 
 def test_which_layers_have_which_window():

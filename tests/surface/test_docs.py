@@ -11,6 +11,9 @@ import pytest
 from zoo.core import hookspecs
 from zoo.core.plugin_checks import HOOKS, gathered_entries, implemented_hooks
 from zoo.core.plugins import Plugins
+from zoo.models.llama3.model import SPEC
+from zoo.models.llama3.plugin import zoo_rope_for_length
+from zoo.models.llama3.sizes import SIZES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "zoo-pico" / "zoo_pico"
@@ -54,6 +57,27 @@ def test_the_section_has_an_example_that_the_loader_accepts(hook):
     assert hook in hooks
     if hook.startswith("zoo_register_"):
         assert gathered_entries(hooks)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": SIZES["3.1-8b"]["rope_scaling"]},
+    ],
+)
+def test_the_example_of_longer_rope_does_what_the_built_in_families_do(rope):
+    (example,) = blocks(SECTIONS["zoo_rope_for_length"])
+    plugin = types.ModuleType("example")
+    exec(compile(example, "docs/hooks.md, zoo_rope_for_length", "exec"), plugin.__dict__)
+    fields = SPEC.hub_config(SPEC.parse({**SIZES["8b"], **rope}))
+    found = plugin.zoo_rope_for_length("mine", fields, 32_768)
+    assert found["max_position_embeddings"] == 32_768
+    assert SPEC.override(fields, found) == SPEC.override(fields, zoo_rope_for_length("llama3", fields, 32_768))
+    assert plugin.zoo_rope_for_length("llama3", fields, 32_768) is None
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from zoo.cli.bench_attention import Answer, Measured
-from zoo.cli.table import table
 from zoo.core.attention.survey import Figures, layer_flops
+from zoo.core.table import table
 from zoo.core.units import format_bytes, format_duration, format_tokens
 
 _WORK = ("SCHEME", "LAYOUT", "FLOPS", "LARGEST", "HIDDEN", "PREDICTED")

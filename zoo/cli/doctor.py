@@ -10,9 +10,9 @@ import click
 
 from zoo.cli.checkup import Finding, machine_findings
 from zoo.cli.session import Session, pass_session
-from zoo.cli.table import table
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
+from zoo.core.table import table
 
 _NEEDED = ("models", "attention", "data_formats")
 

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from zoo.cli.session import Session, pass_session
-from zoo.cli.table import table
 from zoo.core.entries import ModelEntry
 from zoo.core.limits import axis_limits, kv_heads
+from zoo.core.table import table
 from zoo.core.units import format_count, format_tokens
 
 _SHAPE = ("PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")

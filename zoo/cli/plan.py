@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from zoo.cli.job_options import job_options
-from zoo.cli.table import table
 from zoo.core.errors import UsageError
 from zoo.core.plugins import Plugins
-from zoo.core.units import format_bytes
-
-if TYPE_CHECKING:
-    from zoo.core.traffic_report import Report
 
 
 @click.command()
@@ -50,7 +45,9 @@ def plan(
     **flags: Any,
 ) -> None:
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
-    from zoo.core import api  # noqa: PLC0415  (torch, which `--help` does without)
+    # They import torch, which `--help` does without.
+    from zoo.core import api  # noqa: PLC0415
+    from zoo.core.job_plan import job_plan  # noqa: PLC0415
 
     if layout_only:
         text, picture = api.layout(
@@ -62,29 +59,8 @@ def plan(
         return
     if svg is not None or nodes is not None:
         raise UsageError("--svg and --nodes draw the mesh; give --layout-only too")
-    prepared = api.ready(plugins, model, flags)
-    sending = api.traffic(prepared) if traffic else None
-    if as_json:
-        more = {"traffic": sending.plain()} if sending else {}
-        shown = {"job": prepared.job.settings(), "notes": api.notes(prepared), **more}
-        click.echo(json.dumps(shown, indent=2, default=str))
-        return
-    click.echo("\n".join(api.head(prepared)))
-    if sending is not None:
-        click.echo(f"\n{_sending(sending)}")
-
-
-def _sending(report: Report) -> str:
-    """The rank that sends most, and what."""
-    if not report.flows:
-        return "no rank sends anything in a step"
-    rows = [
-        [flow.kind, flow.axis, str(ranks), flow.what, format_bytes(flow.payload), format_bytes(sent)]
-        for flow, ranks, sent in report.flows
-    ]
-    head = f"rank {report.rank} sends most, {format_bytes(report.sent)} a step:"
-    silent = f"\nnot said by {', '.join(report.silent)}" if report.silent else ""
-    return f"{head}\n{table(('COLLECTIVE', 'GROUP', 'RANKS', 'OF WHAT', 'PAYLOAD', 'SENT'), rows)}{silent}"
+    planned = job_plan(api.ready(plugins, model, flags), traffic=traffic)
+    click.echo(json.dumps(planned.to_dict(), indent=2) if as_json else str(planned))
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from zoo.cli.session import Session, pass_session
-from zoo.cli.table import table
 from zoo.core.errors import UsageError
 from zoo.core.plugins import PluginStatus
 from zoo.core.suggest import did_you_mean, normalised
+from zoo.core.table import table
 
 _HEADER = ("NAME", "VERSION", "API", "STATUS", "PROVIDES", "FROM")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from zoo import DataError
 from zoo.conversion.ranges import Files, Place
-from zoo.core.errors import DataError
 from zoo.core.rules import Shape
 
 _MAX_PICKLE = 1 << 16

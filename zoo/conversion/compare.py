@@ -7,14 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from zoo import DataError, TensorSource
 from zoo.conversion.directory import CONFIG, MAX_COMPANION
 from zoo.conversion.files import read_bounded
 from zoo.conversion.progress import progress
 from zoo.conversion.stream import Tick, checksum, default_threads, in_parallel
 from zoo.conversion.transfer import Opened, written_dtype
 from zoo.conversion.writer import Outgoing
-from zoo.core.contracts import TensorSource
-from zoo.core.errors import DataError
 from zoo.core.finished import require_intact
 from zoo.core.inventory import rule_book
 

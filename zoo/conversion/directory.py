@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo import Checksums, DataError, HubCheckpoint
 from zoo.conversion.files import open_file, read_bounded
 from zoo.conversion.foreign import ADAPTER, adapter_refusal, check_quantised
 from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
-from zoo.core.checksums import Checksums
 from zoo.core.companions import companion_names
-from zoo.core.contracts import HubCheckpoint
-from zoo.core.errors import DataError
 from zoo.core.finished import changed_directory
 from zoo.core.inventory import MAX_TENSORS
 from zoo.core.tokenizer_files import TEMPLATES

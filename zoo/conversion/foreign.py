@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo import DataError
 from zoo.conversion.files import read_bounded
 from zoo.core.companions import ADAPTER_CONFIG
-from zoo.core.errors import DataError
 
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 """Files that peft writes."""

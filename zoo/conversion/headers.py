@@ -17,9 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from zoo import DataError
 from zoo.conversion.files import identity, opened
 from zoo.conversion.strict_json import parse_object
-from zoo.core.errors import DataError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Stored types that hold weights, by their names in the format and in torch."""

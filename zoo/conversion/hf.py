@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from zoo import Checksums, DataError, HubCheckpoint, ModelSpec, TensorSource, __version__
 from zoo.conversion.directory import (
     CONFIG,
     MAX_COMPANION,
@@ -23,13 +24,10 @@ from zoo.conversion.progress import progress
 from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
-from zoo.core.checksums import Checksums, Sum, sum_of_file
+from zoo.core.checksums import Sum, sum_of_file
 from zoo.core.companions import GENERATION
-from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
-from zoo.core.errors import DataError
 from zoo.core.inventory import check_tensors, rule_book
 from zoo.core.tokenizer_files import TEMPLATES
-from zoo.core.version import __version__
 
 _MAX_CONFIG = 1 << 20
 _DROPPED = ("auto_map", "_name_or_path", "quantization_config")

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.core.tokenizer_files import TEMPLATES
 
 LOGIN = "hf auth login"

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo import DataError
 from zoo.conversion.headers import Header, read_header
 from zoo.conversion.ranges import Files, Place
-from zoo.core.errors import DataError
 from zoo.core.inventory import MAX_TENSORS
 from zoo.core.rules import Index
 

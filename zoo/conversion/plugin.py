@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zoo.core.entries import ConverterEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import ConverterEntry, hookimpl
 
 ZOO_PLUGIN_API = 1
 

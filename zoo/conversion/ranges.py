@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo import DataError
 from zoo.conversion.files import identity, open_file
-from zoo.core.errors import DataError
 from zoo.core.rules import Index, Shape, row_blocks, whole
 
 _SHORT, _ROW = 4 << 10, 16 << 10

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from zoo import Checksums, DataError, HubCheckpoint, ModelSpec, Piece, TensorSource, UsageError
 from zoo.conversion.chunks import chunk_place
 from zoo.conversion.directory import CONFIG, companions, read_object
 from zoo.conversion.ranges import Files, Place
-from zoo.core.checksums import Checksums
-from zoo.core.contracts import HubCheckpoint, ModelSpec, TensorSource
-from zoo.core.errors import DataError, UsageError
 from zoo.core.finished import PROGRESS, damaged, find
-from zoo.core.rules import Index, Piece, check_cover
+from zoo.core.rules import Index, check_cover
 
 _PREFIX = "model."
 _MAX_CONFIG = 1 << 20

@@ -27,12 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo import DataError, TensorSource
 from zoo.conversion.headers import read_header
 from zoo.conversion.unfinished import Journal, sync
 from zoo.conversion.writer import BLOCK_BYTES, Block, Outgoing, Shard
 from zoo.core.checksums import Sum, sum_of
-from zoo.core.contracts import TensorSource
-from zoo.core.errors import DataError
 
 Tick = Callable[[int], None]
 """Told of bytes as they are done."""

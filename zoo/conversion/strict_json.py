@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from zoo.core.errors import DataError
+from zoo import DataError
 
 MAX_DEPTH = 16
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo import Converter, DataError, HubCheckpoint, ModelSpec, Registry, TensorSource
 from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
-from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
-from zoo.core.errors import DataError, UsageError
 from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, checked_book
-from zoo.core.registry import Registry
-from zoo.core.sources import open_checkpoint
+from zoo.core.sources import family_of, open_checkpoint
 from zoo.core.units import format_duration
 
 STORED = "stored"
@@ -38,11 +36,7 @@ class Opened:
 def open_checked(source: str, registry: Registry) -> Opened:
     """Find, open and check a checkpoint: hub id, directory, run. Raises UsageError, PluginError or DataError."""
     checkpoint = open_checkpoint(source, registry)
-    family = registry.match_checkpoint(checkpoint.config)
-    if family is None:
-        kind = checkpoint.config.get("model_type")
-        raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
-    spec: ModelSpec = registry.models.load(family)
+    spec: ModelSpec = registry.models.load(family_of(checkpoint, source, registry))
     config = spec.parse(checkpoint.config)
     book = checked_book(checkpoint, spec, config)
     tensors = checkpoint.tensors if checkpoint.own_names else book.to_ours(checkpoint.tensors)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoo.core.errors import DataError
+from zoo import DataError
 
 JOURNAL = ".journal"
 

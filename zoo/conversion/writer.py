@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from zoo import UsageError
 from zoo.conversion.directory import INDEX, SINGLE
 from zoo.conversion.headers import BYTES, DTYPES
-from zoo.core.errors import UsageError
 from zoo.core.rules import Index, row_blocks, whole
 
 SHARD_BYTES = 5_000_000_000

@@ -22,6 +22,7 @@ from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
 from zoo.core.inventory import checked_book
 from zoo.core.job import Job
+from zoo.core.job_plan import JobPlan, job_plan
 from zoo.core.lasting_output import open_closed_streams
 from zoo.core.launch import TRAINING, WorkerDied, launch
 from zoo.core.launcher_env import OuterRank
@@ -33,10 +34,8 @@ from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
 from zoo.core.registry import Registry
 from zoo.core.resolve_degrees import resolve_degrees
-from zoo.core.sources import open_checkpoint
-from zoo.core.traffic_report import Report, report
+from zoo.core.sources import family_of, open_checkpoint
 from zoo.core.train import joined, train, train_prepared
-from zoo.core.units import format_count
 from zoo.core.watchdog import Heart, Limits, LoneHeart
 from zoo.core.world import lost_touch
 
@@ -56,12 +55,7 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     finished.require_intact(opened)
     if opened.own_names and opened.checksums is None:
         warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
-    family = registry.match_checkpoint(opened.config)
-    if family is None:
-        raise UsageError(
-            f"{path}: no family here knows model_type '{opened.config.get('model_type')}'; see `zoo models`"
-        )
-    spec: ModelSpec = registry.models.load(family)
+    spec: ModelSpec = registry.models.load(family_of(opened, str(path), registry))
     config = spec.parse(opened.config)
     book = checked_book(opened, spec, config)
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
@@ -74,12 +68,12 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     return model.eval()
 
 
-def plan(model: str | None = None, **flags: Any) -> Prepared:
+def plan(model: str | None = None, *, traffic: bool = False, **flags: Any) -> JobPlan:
     """Everything that would be decided for a job, checked, before any process starts. Keywords are the command's flags.
 
-    Raises UsageError, PluginError or DataError.
+    With `traffic` it also says what a rank sends in a step. Raises UsageError, PluginError or DataError.
     """
-    return ready(Plugins.load(), model, flags)
+    return job_plan(ready(Plugins.load(), model, flags), traffic=traffic)
 
 
 def finetune(model: str | None = None, **flags: Any) -> Path:
@@ -92,7 +86,7 @@ def finetune(model: str | None = None, **flags: Any) -> Path:
 
 
 def ready(plugins: Plugins, model: str | None, flags: Mapping[str, Any], world_size: int | None = None) -> Prepared:
-    """`plan` with given plugins, and with the number of ranks an outer launcher started, if any."""
+    """Decide and check a job with given plugins, and with the number of ranks an outer launcher started, if any."""
     registry = Registry(plugins)
     prepared = prepare(with_recipe(registry, *from_flags(model, flags)), registry, world_size=world_size)
     check_start(prepared, registry)
@@ -125,7 +119,7 @@ def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say:
     """Train in this process, or in ranks that are started here."""
     prepared = ready(plugins, model, flags)
     job, out, ranks = prepared.job, prepared.out, prepared.layout.degrees.world_size
-    for line in head(prepared):
+    for line in job_plan(prepared).lines():
         say(line)
     if _is_done(prepared, say):
         return out
@@ -154,7 +148,7 @@ def _joined(
         with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
             prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
             heart.expects(Limits.of(prepared.job.layout.timeout))
-            for line in head(prepared) if outer.rank == 0 else ():
+            for line in job_plan(prepared).lines() if outer.rank == 0 else ():
                 say(line)
             if _is_done(prepared, say if outer.rank == 0 else lambda _line: None):
                 return prepared.out
@@ -221,26 +215,3 @@ def _chosen_layout(
 def columns() -> int:
     """Characters of a line of the terminal; of a file, enough for most."""
     return shutil.get_terminal_size(fallback=(120, 24)).columns
-
-
-def traffic(prepared: Prepared) -> Report:
-    """What the rank that sends most sends in a step."""
-    return report(prepared)
-
-
-def notes(prepared: Prepared) -> dict[str, str]:
-    """What was chosen and why, by topic, and where the model will stop if that is not what its source says."""
-    ending = prepared.ending
-    return dict(prepared.notes) | ({"stops": ending} if ending else {})
-
-
-def head(prepared: Prepared) -> list[str]:
-    """The lines that say what will run and why."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in prepared.spec.build(prepared.config).parameters())
-    said = notes(prepared)
-    said["model"] = f"{said['model']}, {format_count(count)} parameters"
-    if accelerator_type() is None:
-        what = f"{prepared.origin.entry.name} {prepared.origin.size} on {prepared.job.data.path}"
-        said = {"machine": f"no accelerator here, so this trains {what}, on the CPU over gloo"} | said
-    return [f"{topic:<10}{sentence}" for topic, sentence in said.items()]

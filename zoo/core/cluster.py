@@ -29,6 +29,12 @@ def check_for_nodes(
     """
     registry = Registry(plugins)
     layers = from_flags(model, flags)
+    asked = Job.from_settings(*layers).model
+    if not asked.name and asked.source not in (None, SCRATCH) and not Path(asked.source).exists():
+        raise UsageError(
+            f"which model? --from {asked.source} is not on this machine; name its family too, as: finetune llama3 "
+            f"--from {asked.source}"
+        )
     job = with_recipe(registry, *layers)
     entry: ModelEntry = registry.models.get(job.model.name)
     if job.model.source is None and job.model.size is None:

@@ -253,7 +253,7 @@ class Forecast:
 
 # Layout and memory --------------------------------------------------------------------------------
 
-Part = Literal["weights", "gradients", "optimizer"]
+StatePart = Literal["weights", "gradients", "optimizer"]
 """Of what a rank holds between a backward and the optimizer's step."""
 
 
@@ -312,10 +312,10 @@ class ParallelAdapter:
     def begin_microbatch(self, model: nn.Module, *, last: bool) -> None:
         """Prepare for a microbatch's forward, with the built model. `last` says whether it is the step's last."""
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, layout: Layout) -> None:
+    def complete_gradients(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> None:
         """Add up in place what gradients lack after a step's last backward. Called before their norm is taken."""
 
-    def whole(self, layout: Layout) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[StatePart]:
         """Return what every rank holds whole for a step, not cut over dp_shard x cp.
 
         `weights` are those of the arithmetic's type. Only a data-parallel adapter has something to say.

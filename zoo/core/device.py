@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
@@ -13,11 +14,25 @@ import torch
 
 Default = TypeVar("Default", float, None)
 
-# Dense peak of one accelerator in bf16, TFLOP/s, from the vendors' data sheets; matched as part of the device name.
-_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0}
+# Dense peak of one accelerator in bf16, TFLOP/s, from the vendors' data sheets. A key is words of the device's name;
+# the first key that has all of its words there counts, so narrower keys come first.
+_PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+}
 
-# What a rank sends a second to another on the same machine, by the same sheets: NVLink, or PCIe where there is none.
-_LINK_BYTES = {"B200": 900e9, "H200": 450e9, "H100": 450e9, "A100": 300e9, "L40S": 32e9, "L4": 32e9, "A10": 32e9}
+# What a rank sends a second to another on the same machine, by the same sheets: NVLink. All others have PCIe.
+_LINK_BYTES = {"GB200": 900e9, "B200": 900e9, "GH200": 450e9, "H200": 450e9, "H100": 450e9, "A100": 300e9}
 _NETWORK_BYTES = 50e9
 """A 400 Gbit/s adapter for each accelerator."""
 _ATTENTION_SHARE = 0.5
@@ -51,10 +66,14 @@ def memory_bytes() -> int:
 
 
 def peak_tflops(dtype: str, ranks: int) -> float | None:
-    """Peak of one rank: the data sheet's for a known accelerator, measured on a CPU shared by `ranks`; else None."""
+    """Return the peak of one rank for a type of arithmetic, None where it is not known.
+
+    Of an accelerator it is known from data sheets, in bf16 only. Of a CPU, which `ranks` share, it is measured, but not
+    in bf16: one large product says nothing there, for products of other shapes are several times as fast.
+    """
     if accelerator_type() is not None:
-        return _known(_PEAK_TFLOPS, None)
-    return _measured_tflops(getattr(torch, dtype)) / ranks
+        return _known(_PEAK_TFLOPS, None) if dtype == "bfloat16" else None
+    return None if dtype == "bfloat16" else _measured_tflops(getattr(torch, dtype)) / ranks
 
 
 def attention_flops(dtype: str, ranks: int) -> float:
@@ -81,9 +100,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _known(table: Mapping[str, float], default: Default) -> float | Default:
-    """What a table says of this machine's accelerator."""
+    """What a table says of this machine's accelerator. A part of one (MIG) is in no table."""
     name = torch.cuda.get_device_name(0) if accelerator_type() == "cuda" else ""
-    return next((value for part, value in table.items() if part in name), default)
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return default
+    return next((value for key, value in table.items() if words.issuperset(key.split())), default)
 
 
 def _measured_tflops(dtype: torch.dtype, size: int = 1024) -> float:

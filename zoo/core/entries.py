@@ -36,6 +36,8 @@ class ModelEntry(Entry):
 
     model_type: str
     """The hub's family id, as in config.json (`llama`, `mixtral`)."""
+    other_types: tuple[str, ...] = ()
+    """Other family ids of the hub whose checkpoints it reads."""
     sizes: Mapping[str, Mapping[str, Any]]
     """Size name to the hub's config.json fields."""
     default_size: str
@@ -48,6 +50,8 @@ class ModelEntry(Entry):
     """Size name to the K/V heads of each attention layer, where layers differ and the fields have no one number."""
     embedded: Mapping[str, str] = field(default_factory=dict)
     """Size name to the directory of a checkpoint that ships with the plugin."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer for random weights; that of `embedded` if not given."""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size name to settings that suit it, as dotted keys of a job: `{"optim.lr": 1e-3}`. A user's word wins."""
 

@@ -98,8 +98,6 @@ def from_flags(model: str | None, flags: Mapping[str, Any]) -> tuple[Settings, S
     }
     if model is not None:
         said = {**said, "model.name": (model, "MODEL")}
-    if not any("model.name" in layer for layer in (file, assigned, said)):
-        raise UsageError("which model? Type `zoo models` for the families, then for example: zoo finetune llama3")
     return _without_outdated(file, {**assigned, **said}), assigned, said
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("zoo")
 hookimpl = pluggy.HookimplMarker("zoo")
+"""Marks a function of a plugin as one of its hooks."""
 
 
 # Registration -------------------------------------------------------------------------------------

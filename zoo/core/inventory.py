@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from zoo.core.contracts import BlockShape, HubCheckpoint, ModelFacts, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
+from zoo.core.plan import CUT_STYLES
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
-from zoo.core.seams import find, matches
+from zoo.core.seams import find_modules, matches
+from zoo.core.tensor_styles import style_objection, unnamed_module
 from zoo.core.values import ModelValues, Values
 
 IGNORABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -132,13 +134,17 @@ def model_facts(name: str, spec: ModelSpec, config: Any) -> ModelFacts:
     """Return what a layout must know of a model; nothing is allocated. Raises UsageError if a glob matches nothing."""
     model, plan = meta_model(spec, config), spec.plan(config)
     blocks, last_values = block_shapes(model, plan)
+    heads = tuple(spec.heads(config))
+    head_dims = {of_layer.head_dim for of_layer in heads}
     return ModelFacts(
         name=name,
         config=config,
-        layer_heads=tuple(spec.heads(config)),
+        layer_heads=heads,
         layer_windows=tuple(spec.windows(config)),
         experts=spec.experts(config),
         widths=cut_widths(spec, config, model=model),
+        style_objection=style_objection(model, plan, name=name, hidden_size=config.hidden_size, head_dims=head_dims),
+        unnamed_module=unnamed_module(model, plan),
         blocks=blocks,
         last_values=last_values,
         values=model_values(model, plan),
@@ -153,17 +159,17 @@ def cut_widths(spec: ModelSpec, config: Any, *, model: nn.Module | None = None) 
     model = model or meta_model(spec, config)
     found: dict[tuple[str, int], None] = {}
     for glob, style in spec.plan(config).tensor.items():
-        if style != "sequence":
-            weights = (model.get_submodule(name).get_parameter("weight") for name in find(model, glob))
+        if style in CUT_STYLES:
+            weights = (model.get_submodule(name).get_parameter("weight") for name in find_modules(model, glob))
             found |= dict.fromkeys((glob, weight.shape[1 if style == "rowwise" else 0]) for weight in weights)
     return list(found)
 
 
 def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
     """How many values each block and the rest have, by what may cut them. A tied parameter counts once."""
-    blocks = dict.fromkeys(find(model, plan.block), Values())
+    blocks = dict.fromkeys(find_modules(model, plan.block), Values())
     ends = Values()
-    cut = [glob for glob, style in plan.tensor.items() if style != "sequence"]
+    cut = [glob for glob, style in plan.tensor.items() if style in CUT_STYLES]
     for name, parameter in model.named_parameters():
         holders = [name[:i] for i, c in enumerate(name) if c == "."]
         if any(matches(holder, glob) for holder in holders for glob in plan.expert):
@@ -182,15 +188,17 @@ def model_values(model: nn.Module, plan: ParallelPlan) -> ModelValues:
 
 def block_shapes(model: nn.Module, plan: ParallelPlan) -> tuple[tuple[BlockShape, ...], int]:
     """The blocks in order, and the matrix values of what only the last stage of a pipeline needs."""
-    seams = {seam: find(model, glob) for seam, glob in plan.seams.items()}
+    seams = {seam: find_modules(model, glob) for seam, glob in plan.seams.items()}
     blocks = tuple(
         BlockShape(
             matrix_values=_matrix_values(model.get_submodule(block)),
             seams=frozenset(s for s, names in seams.items() if any(n.startswith(f"{block}.") for n in names)),
         )
-        for block in find(model, plan.block)
+        for block in find_modules(model, plan.block)
     )
-    return blocks, sum(_matrix_values(model.get_submodule(name)) for glob in plan.last for name in find(model, glob))
+    return blocks, sum(
+        _matrix_values(model.get_submodule(name)) for glob in plan.last for name in find_modules(model, glob)
+    )
 
 
 def _matrix_values(module: nn.Module) -> int:

@@ -36,6 +36,10 @@ class ModelFacts:
     """The model's experts, if it has any."""
     widths: Sequence[tuple[str, int]] = ()
     """Modules that the plan's `tensor` cuts, as globs, and the length of the dim that is cut."""
+    style_objection: str | None = None
+    """Why the plan's `tensor` contradicts the shapes of parameters, if it does."""
+    unnamed_module: str | None = None
+    """A module with parameters that the plan's `tensor` does not name, if there is one."""
     blocks: Sequence[BlockShape] = ()
     """What a pipeline must know of each block, in order."""
     last_values: int = 0

@@ -12,7 +12,7 @@ from zoo.core import weights
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, Layout, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne
-from zoo.core.seams import find, swap
+from zoo.core.seams import find_modules, replace_modules
 
 if TYPE_CHECKING:
     from zoo.core.mesh import Mesh
@@ -37,8 +37,8 @@ def build(
         model = spec.build(config).to(getattr(torch, layout.master_dtype))
     plan = spec.plan(config)
     for glob in (plan.block, *plan.tensor, *plan.expert, *plan.seams.values(), *plan.first, *plan.last):
-        find(model, glob)
-    swap(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
+        find_modules(model, glob)
+    replace_modules(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
         (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, layout)) for adapter in adapters
     ]
@@ -66,7 +66,7 @@ def forward_backward(
 
     def complete_gradients() -> None:
         for adapter in adapters:
-            adapter.complete_gradients(model, mesh, layout)
+            adapter.complete_gradients(model, plan, mesh, layout)
 
     return Completed(order or OneByOne(begin_microbatch), complete_gradients)
 

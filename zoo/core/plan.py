@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence"]
+TensorStyle = Literal["colwise", "rowwise", "vocab", "sequence", "heads"]
+"""How `tp` treats a module, see `ParallelPlan.tensor`."""
+CUT_STYLES: tuple[TensorStyle, ...] = ("colwise", "rowwise", "vocab")
+"""The styles that cut a module's parameters; under the others every rank has them whole."""
 SeamName = Literal[
     "attention", "block", "mlp", "loss", "dispatch", "grouped_matmul", "layer_sum", "row_sum", "row_part"
 ]
+"""A place in a model where what a parallel layout needs replaces a module without parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +29,12 @@ class ParallelPlan:
     block: str
     """The unit of FSDP, recompute, compile and pipeline: `model.layers.*`."""
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
-    """What `tp` does to modules: `colwise` cuts outputs, `rowwise` inputs, `vocab` words; `sequence` stays whole and
-    works on the residual. What is not named is whole too, and may stand between matrices that are cut, as a norm of
-    heads does."""
+    """What `tp` does to modules. `colwise` cuts outputs, `rowwise` inputs, `vocab` words.
+
+    Two styles leave a module whole on every rank: `sequence` works on the residual, as a layer's norm does; `heads`
+    works on one head at a time, as a norm of query and key heads does, and a rank applies it to its own heads. Name
+    every module with parameters that is not an expert: without sequence parallelism the style says whether the ranks'
+    gradients are equal or parts of a sum."""
     expert: tuple[str, ...] = ()
     """Modules whose parameters have experts on dim 0."""
     seams: Mapping[SeamName, str] = field(default_factory=dict)

@@ -34,7 +34,7 @@ from zoo.core.published import Trained, generation_ends, hub_files
 from zoo.core.registry import Registry
 from zoo.core.resolve import Resolver
 from zoo.core.rows import RowStream, open_rows, open_source
-from zoo.core.sources import Origin, open_origin
+from zoo.core.sources import Origin, named_by_source, open_origin
 from zoo.core.suggest import did_you_mean
 from zoo.core.tokenizer import Tokenizer
 from zoo.core.turn_end import TurnEnd, turn_end
@@ -220,13 +220,18 @@ def elsewhere(job: Job, registry: Registry, machine: Machine) -> tuple[Job, Reso
 
 
 def with_recipe(registry: Registry, *layers: Settings) -> Job:
-    """The job of layers (file, `--set`, flags) over what the family suggests for the size that is meant."""
+    """The job of layers (file, `--set`, flags) over what the family suggests for the size that is meant.
+
+    Where no layer names the family, the checkpoint to start from does. Raises UsageError if there is none.
+    """
     job = Job.from_settings(*layers)
+    if not job.model.name:
+        job = Job.from_settings({"model.name": (named_by_source(job, registry), "config.json")}, *layers)
     entry: ModelEntry = registry.models.get(job.model.name)
     size = Origin.size_of(job, entry)
     said = f"recipe of {entry.name} {size}"
-    recipe = {key: (value, said) for key, value in entry.recipes.get(size, {}).items()}
-    return Job.from_settings(recipe, *layers)
+    recipe: Settings = {key: (value, said) for key, value in entry.recipes.get(size, {}).items()}
+    return Job.from_settings({"model.name": (entry.name, said), **recipe}, *layers)
 
 
 def _check_values(job: Job) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from zoo.core.choices import choose_data_parallel
 from zoo.core.context_choice import able_schemes
-from zoo.core.contracts import Layout, ModelFacts, ParallelAdapter, Part
+from zoo.core.contracts import Layout, ModelFacts, ParallelAdapter, StatePart
 from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type
 from zoo.core.errors import FitError, LayoutError
@@ -76,6 +76,8 @@ class Resolver:
         layout = self._layout(job, degrees)
         layout = replace(layout, schemes=able_schemes(self.registry, layout))
         adapters = self._adapters(layout)
+        if degrees.tp > 1:
+            _check_styles(layout)
         self._check_memory(layout, adapters)
         return Resolution(job=job, layout=layout, adapters=adapters)
 
@@ -149,7 +151,19 @@ class Resolver:
             )
 
 
-def parts_whole(layout: Layout, adapters: Sequence[ParallelAdapter]) -> frozenset[Part]:
+def _check_styles(layout: Layout) -> None:
+    """Refuse a plan that would leave gradients of tensor-parallel ranks unsummed, or sum them twice."""
+    model = layout.model
+    if model.style_objection:
+        raise LayoutError(model.style_objection)
+    if not layout.settings.sequence_parallel and model.unnamed_module:
+        raise LayoutError(
+            f"--tp with layout.sequence_parallel=false must know whether '{model.unnamed_module}' of {model.name} "
+            f"works on the residual or on heads; its plan must name it in 'tensor', as `sequence` or as `heads`"
+        )
+
+
+def parts_whole(layout: Layout, adapters: Sequence[ParallelAdapter]) -> frozenset[StatePart]:
     """Return what no adapter that applies cuts over dp_shard x cp."""
     return frozenset(part for adapter in adapters for part in adapter.whole(layout))
 

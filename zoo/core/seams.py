@@ -16,7 +16,7 @@ def matches(name: str, glob: str) -> bool:
     return len(atoms) == len(patterns) and all(fnmatchcase(a, p) for a, p in zip(atoms, patterns, strict=True))
 
 
-def find(model: nn.Module, glob: str) -> list[str]:
+def find_modules(model: nn.Module, glob: str) -> list[str]:
     """Names of the submodules a glob matches, in module order. Raises UsageError if there is none."""
     found = [name for name, _ in model.named_modules() if matches(name, glob)]
     if not found:
@@ -24,13 +24,13 @@ def find(model: nn.Module, glob: str) -> list[str]:
     return found
 
 
-def swap(model: nn.Module, glob: str, wrap: Callable[[nn.Module], nn.Module], *, owner: str) -> int:
+def replace_modules(model: nn.Module, glob: str, wrap: Callable[[nn.Module], nn.Module], *, owner: str) -> int:
     """Replace each matching submodule by `wrap(old)` and return how many there were.
 
     Parameter names never change, so checkpoints, optimizers and rules stay valid. Raises UsageError if a match
     holds parameters or if nothing matches.
     """
-    found = find(model, glob)
+    found = find_modules(model, glob)
     for name in found:
         old = model.get_submodule(name)
         new = wrap(old)

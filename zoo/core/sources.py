@@ -99,13 +99,35 @@ def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
     raise UsageError(f"{source} {what} (forms known here: {forms}; a Hugging Face directory has a config.json)")
 
 
+def named_by_source(job: Job, registry: Registry) -> str:
+    """Return the family of the checkpoint that a job starts from. Raises UsageError if it names none."""
+    source = job.model.source
+    if source in (None, SCRATCH):
+        raise UsageError(
+            f"which model? Type `zoo models` for the families, then for example: zoo finetune llama3"
+            f"{f' --from {SCRATCH}' if source else ''}"
+        )
+    return family_of(open_checkpoint(source, registry), source, registry)
+
+
+def family_of(checkpoint: HubCheckpoint, source: str, registry: Registry) -> str:
+    """Return the family that a checkpoint's config.json belongs to. Raises UsageError if no plugin knows it."""
+    family = registry.match_checkpoint(checkpoint.config)
+    if family is None:
+        kind = checkpoint.config.get("model_type")
+        said = f"its config.json says model_type {kind!r:.80}" if kind else "its config.json has no model_type"
+        known = sorted({name for entry in registry.models for name in (entry.model_type, *entry.other_types)})
+        raise UsageError(f"{source}: {said}, which no family here knows; known: {', '.join(known) or 'none'}")
+    return family
+
+
 def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint:
     """The checkpoint, if it belongs to the family."""
     checkpoint = open_checkpoint(source, registry)
-    family = registry.match_checkpoint(checkpoint.config)
+    family = family_of(checkpoint, source, registry)
     if family != entry.name:
         kind = checkpoint.config.get("model_type")
-        other = f"zoo finetune {family} --from {quote(source)}" if family else "no family here knows it: zoo models"
+        other = f"zoo finetune {family} --from {quote(source)}"
         raise UsageError(f"{source} is not a {entry.name} checkpoint, its model_type is '{kind}'; {other}")
     return checkpoint
 
@@ -129,10 +151,14 @@ def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dic
 
 
 def _tokenizer_path(entry: ModelEntry, checkpoint: HubCheckpoint | None) -> Path:
-    """The checkpoint's own directory, or the embedded one's for random weights."""
-    if checkpoint is None and not entry.embedded:
-        raise UsageError(f"--from {SCRATCH}: {entry.name} ships no tokenizer; give --from a directory that has one")
-    path = checkpoint.path if checkpoint else Path(next(iter(entry.embedded.values())))
+    """The checkpoint's own directory, or for random weights the one that ships with the family."""
+    shipped = entry.tokenizer or next(iter(entry.embedded.values()), None)
+    if checkpoint is None and shipped is None:
+        raise UsageError(
+            f"--from {SCRATCH}: {entry.name} ships no tokenizer, so text cannot become tokens; give --from DIR, a "
+            f"checkpoint with its tokenizer"
+        )
+    path = checkpoint.path if checkpoint else Path(str(shipped))
     if not has_vocabulary(path):
         raise DataError(
             f"{path} has no tokenizer.json, so text cannot become tokens; copy the tokenizer files of the checkpoint "

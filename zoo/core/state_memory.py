@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from zoo.core.contracts import Layout, Part
+from zoo.core.contracts import Layout, StatePart
 from zoo.core.values import ModelValues, sum_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
-def state_bytes(layout: Layout, whole: Collection[Part]) -> float:
+def state_bytes(layout: Layout, whole: Collection[StatePart]) -> float:
     """The least that the fullest rank holds between a backward and the optimizer's step.
 
     Master weights, their gradients, and AdamW's two moments, all in the master type; beside them, where they stay

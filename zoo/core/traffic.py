@@ -26,7 +26,7 @@ import torch
 from zoo.core.contracts import ExpertShape, Layout, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan
 from zoo.core.degrees import EVERY_AXIS, Degrees, coordinates, groups
 from zoo.core.inventory import meta_model
-from zoo.core.seams import find
+from zoo.core.seams import find_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ class Account:
 
     def found(self, globs: Iterable[str]) -> list[str]:
         """Modules of the whole model that globs match."""
-        return [name for glob in globs for name in find(self.model, glob)]
+        return [name for glob in globs for name in find_modules(self.model, glob)]
 
     def here(self, modules: Iterable[str]) -> list[str]:
         """Those modules that lie in this rank's blocks."""
@@ -270,7 +270,7 @@ def step_traffic(
         device=device,
         forwards=policy.forwards if isinstance(policy, Repeating) else 1,
         weights={name: Weight(shape=tuple(p.shape)) for name, p in model.named_parameters()},
-        blocks=find(model, plan.block),
+        blocks=find_modules(model, plan.block),
     )
     for adapter in sorted(adapters, key=lambda a: (a.phase, a.name)):
         adapter.account(account)

@@ -12,7 +12,9 @@ from zoo.core.degrees import AXES, Degrees
 from zoo.core.device import accelerator_type
 from zoo.core.inventory import meta_model
 from zoo.core.prepare import Prepared
+from zoo.core.table import table
 from zoo.core.traffic import Account, Flow, Microbatch, sent, step_traffic
+from zoo.core.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,18 @@ class Report:
     """Each with the ranks of its group and the bytes that it has this rank send; the most first."""
     silent: tuple[str, ...]
     """Adapters that apply and do not say what they send."""
+
+    def __str__(self) -> str:
+        """Return the flows as a table."""
+        if not self.flows:
+            return "no rank sends anything in a step"
+        rows = [
+            [flow.kind, flow.axis, str(ranks), flow.what, format_bytes(flow.payload), format_bytes(bytes_sent)]
+            for flow, ranks, bytes_sent in self.flows
+        ]
+        head = f"rank {self.rank} sends most, {format_bytes(self.sent)} a step:"
+        silent = f"\nnot said by {', '.join(self.silent)}" if self.silent else ""
+        return f"{head}\n{table(('COLLECTIVE', 'GROUP', 'RANKS', 'OF WHAT', 'PAYLOAD', 'SENT'), rows)}{silent}"
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.core.errors import DataError
+from zoo import DataError
 
 MARKER = "<|key|>"
 NUMBERS = tuple(f"{n:03d}" for n in range(1000))

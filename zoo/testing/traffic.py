@@ -13,9 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.contracts import ParallelPlan
-from zoo.core.seams import find
-from zoo.core.traffic import Account, Kind, Total
+from zoo import Account, ParallelPlan, find_modules
+from zoo.core.traffic import Kind, Total
 
 _Payload = Callable[[tuple[Any, ...], int, int], int]
 """Bytes of a call's arguments, of a rank of a group of so many."""
@@ -88,7 +87,7 @@ class Routed:
     def __init__(self, model: nn.Module, plan: ParallelPlan, group: ProcessGroup) -> None:
         self._counts: list[Tensor] = []
         self._group = group
-        for name in find(model, plan.seams["dispatch"]):
+        for name in find_modules(model, plan.seams["dispatch"]):
             # A block that runs again stops before its end, so what it decides again is not written down.
             model.get_submodule(name).register_forward_hook(self._note)
 

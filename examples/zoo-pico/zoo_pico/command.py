@@ -3,9 +3,7 @@
 import click
 import torch
 
-from zoo.core.contracts import AttentionSlice, SliceRule
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo import AttentionSlice, Plugins, Registry, SliceRule
 
 
 @click.command()

@@ -6,10 +6,7 @@ B rows, T query tokens, S key tokens, N query heads, G key/value heads, R = N //
 import torch
 from torch import Tensor
 
-from zoo.core.attention.kernel import RectangleBackend
-from zoo.core.contracts import AttentionProblem
-
-Tensors = tuple[Tensor, ...]
+from zoo import AttentionProblem, RectangleBackend
 
 
 class Fp64(RectangleBackend):
@@ -20,7 +17,9 @@ class Fp64(RectangleBackend):
     def supports(self, problem: AttentionProblem) -> str | None:
         return None if problem.device in ("cpu", "cuda") else f"{problem.device} has no float64"
 
-    def rectangle_forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensors:
+    def rectangle_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         scores = _scores(q, k, causal, scale)
         lse = scores.logsumexp(-1, keepdim=True)
         out = (scores - lse).exp() @ _shared(v)
@@ -28,7 +27,7 @@ class Fp64(RectangleBackend):
 
     def rectangle_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Tensors:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         queries, dout, out = (_grouped(x, k) for x in (q, dout, out))
         weights = (_scores(q, k, causal, scale) - _grouped(lse.unsqueeze(-1), k)).exp()
         dweights = dout @ _shared(v).mT - (dout * out).sum(-1, keepdim=True)
@@ -39,7 +38,7 @@ class Fp64(RectangleBackend):
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """`[B, N, T, H]` as `[B, G, R, T, H]`: the R heads that read one key/value head."""
-    return x.double().unflatten(1, (k.shape[1], -1))
+    return torch.unflatten(x.double(), 1, (k.shape[1], -1))
 
 
 def _shared(x: Tensor) -> Tensor:

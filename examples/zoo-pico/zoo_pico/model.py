@@ -1,46 +1,23 @@
 """A family of its own: single-device torch code, and what the engine must know about it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.contracts import ModelSpec, ParallelPlan
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, Decoder, DecoderLayer, init_weights
-from zoo.models.common.fields import Fields
-from zoo.models.common.norms import RMSNorm
-from zoo.models.common.rope import RotaryEmbedding
-from zoo.models.common.rope_parameters import RopeParameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class PicoConfig:
-    """config.json's fields; nothing else is configurable."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-def parse(config: Mapping[str, Any]) -> PicoConfig:
-    """Raises DataError for a field of the wrong type or out of range."""
-    fields = Fields(config)
-    return PicoConfig(**{name: fields.integer(name, 1, high=1 << 20) for name in PicoConfig.__dataclass_fields__})
-
-
-def hub_config(config: PicoConfig) -> dict[str, Any]:
-    return {"model_type": "pico", **asdict(config)}
+from zoo import ModelSpec, ParallelPlan, Rename, Rule
+from zoo.models.common import (
+    Attention,
+    CausalLM,
+    DecoderLayer,
+    RMSNorm,
+    attention_weights,
+    causal_lm,
+    decoder_plan,
+    init_buffers,
+    train_flops,
+)
+from zoo_pico.config import PicoConfig, hub_config, override, parse
 
 
 class SquaredReLU(nn.Module):
@@ -52,10 +29,11 @@ class SquaredReLU(nn.Module):
         self.down_proj = nn.Linear(4 * hidden_size, hidden_size, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down_proj(functional.relu(self.up_proj(h)).square())
+        out: Tensor = self.down_proj(functional.relu(self.up_proj(h)).square())
+        return out
 
 
-def _layer(config: PicoConfig, _index: int) -> DecoderLayer:
+def _layer(config: PicoConfig, index: int) -> DecoderLayer:
     return DecoderLayer(
         self_attn=Attention(
             hidden_size=config.hidden_size,
@@ -63,6 +41,7 @@ def _layer(config: PicoConfig, _index: int) -> DecoderLayer:
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             bias=False,
+            window=config.windows[index],
         ),
         mlp=SquaredReLU(config.hidden_size),
         input_layernorm=RMSNorm(config.hidden_size, eps=1e-5),
@@ -71,44 +50,30 @@ def _layer(config: PicoConfig, _index: int) -> DecoderLayer:
 
 
 def build(config: PicoConfig) -> CausalLM:
-    decoder = Decoder(
-        embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-        num_layers=config.num_hidden_layers,
-        layer=partial(_layer, config),
-        norm=RMSNorm(config.hidden_size, eps=1e-5),
-        rotary_emb=RotaryEmbedding(
-            RopeParameters(), head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings
-        ),
-    )
-    model = CausalLM(decoder, tie_word_embeddings=True)
-    init_weights(model, std=0.02)
-    return model
-
-
-def init_buffers(model: nn.Module, _config: PicoConfig) -> None:
-    model.model.rotary_emb.reset_buffers()
+    return causal_lm(config, layer=partial(_layer, config), norm=partial(RMSNorm, config.hidden_size, eps=1e-5))
 
 
 def plan(_config: PicoConfig) -> ParallelPlan:
-    layer = "model.layers.*"
-    return ParallelPlan(
-        block=layer,
-        seams={
-            "attention": f"{layer}.self_attn.core",
-            "block": "model.run_block",
-            "mlp": f"{layer}.run_mlp",
-            "loss": "loss",
-        },
-        first=("model.embed_tokens",),
-        last=("model.norm", "lm_head", "loss"),
+    """Return how the model may be cut. Attention, norms, embedding and head are as in every decoder."""
+    return decoder_plan(
+        {"post_attention_layernorm": "sequence", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+    )
+
+
+def rules(_config: PicoConfig) -> tuple[Rule, ...]:
+    """Return which weights have other names on disk; zoo reads and writes them by these rules."""
+    layer = "model.layers.{i}.mlp"
+    return (
+        Rename(ours=f"{layer}.up_proj.weight", hub=f"{layer}.c_fc.weight"),
+        Rename(ours=f"{layer}.down_proj.weight", hub=f"{layer}.c_proj.weight"),
     )
 
 
 def flops_per_token(config: PicoConfig, mean_visible_keys: float) -> float:
-    width, layers = config.hidden_size, config.num_hidden_layers
-    keys = config.num_key_value_heads * config.head_dim
-    weights = layers * (2 * width * width + 2 * width * keys + 8 * width * width) + config.vocab_size * width
-    return 6.0 * weights + 12.0 * layers * width * mean_visible_keys
+    layer = attention_weights(config) + 8 * config.hidden_size**2
+    weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return train_flops(weights, width, mean_visible_keys)
 
 
 SPEC = ModelSpec(
@@ -119,5 +84,8 @@ SPEC = ModelSpec(
     build=build,
     plan=plan,
     flops_per_token=flops_per_token,
+    windows=lambda config: config.windows,
+    rules=rules,
+    override=override,
     init_buffers=init_buffers,
 )

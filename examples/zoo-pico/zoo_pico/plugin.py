@@ -1,36 +1,33 @@
 """What this package offers. Imports no torch: the targets do, when they are used."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from zoo import hookimpl
-from zoo.core.contracts import AttentionEntry, CommandEntry, ModelEntry
+from zoo import AttentionEntry, CommandEntry, ModelEntry, hookimpl
+from zoo.models.common import Family
 
 ZOO_PLUGIN_API = 1
 TINY = Path(__file__).parent / "tiny"
 
-
-@hookimpl
-def zoo_register_models() -> list[ModelEntry]:
-    return [
-        ModelEntry(
-            name="pico",
-            target="zoo_pico.model:SPEC",
-            help="A decoder with squared ReLU, small enough to read",
-            model_type="pico",
-            sizes={"tiny": json.loads((TINY / "config.json").read_text())},
-            default_size="tiny",
-            embedded={"tiny": str(TINY)},
-            recipes={"tiny": {"model.from": "scratch", "data.path": "stdlib", "optim.lr": 3e-3}},
-        )
-    ]
-
-
-@hookimpl
-def zoo_match_checkpoint(config: Mapping[str, Any]) -> str | None:
-    return "pico" if config.get("model_type") == "pico" else None
+# The hooks of a model family: its entry, how a config.json is recognised, how its RoPE is stretched for longer rows.
+_family = Family(
+    ModelEntry(
+        name="pico",
+        target="zoo_pico.model:SPEC",
+        help="A decoder with squared ReLU and a sliding window, small enough to read",
+        model_type="pico",
+        sizes={"tiny": json.loads((TINY / "config.json").read_text())},
+        default_size="tiny",
+        parameters={"tiny": 30_944},
+        embedded={"tiny": str(TINY)},
+        recipes={"tiny": {"model.from": "scratch", "data.path": "stdlib", "optim.lr": 3e-3}},
+    ),
+    for_length="zoo_pico.config:for_length",
+)
+zoo_register_models = _family.zoo_register_models
+zoo_match_checkpoint = _family.zoo_match_checkpoint
+zoo_rope_for_length = _family.zoo_rope_for_length
+zoo_check_layout = _family.zoo_check_layout
 
 
 @hookimpl

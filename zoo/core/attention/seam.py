@@ -38,8 +38,8 @@ class AttentionSeam(nn.Module):
         """q `[B, N, T, H]`, k and v `[B, G, T, H]` to out `[B, N, T, H]` in q's dtype.
 
         `mask` holds for every row of the batch; None is one causal document. With an exchange it is the
-        `ShardedMask` that the context adapter made. `scale` defaults to `H ** -0.5`. Raises UsageError if mask and
-        tensors differ in length or the mask is of the other kind.
+        `ShardedMask` that the context adapter made. `scale` multiplies the scores q @ k^T before the softmax; None is
+        `H ** -0.5`. Raises UsageError if mask and tensors differ in length or the mask is of the other kind.
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         heads = HeadShape(num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.errors import UsageError
+from zoo import UsageError
 from zoo.models.common.rope import rotate
 
 _ROWS = 512
@@ -21,7 +21,8 @@ _ROWS = 512
 class AttentionCore(nn.Module):
     """The attention seam, as a single device without packing runs it: causal over the whole row.
 
-    Documents and remote keys belong to whoever replaces it, together with the meaning of `mask`.
+    What replaces it takes the same arguments. Documents and remote keys belong to whoever replaces it, together with
+    the meaning of `mask`.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -29,19 +30,23 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        """q `[B, N, T, H]`, k and v `[B, G, T, H]` to `[B, N, T, H]`. Raises UsageError if there is a mask."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale: float | None = None) -> Tensor:
+        """Attend with q `[B, N, T, H]`, k and v `[B, G, T, H]`; return `[B, N, T, H]`.
+
+        `scale` multiplies the scores q @ k^T before the softmax; None is `H ** -0.5`. Raises UsageError if there is a
+        mask.
+        """
         if mask is not None:
             raise UsageError(
                 "this model's attention is plain causal and cannot read a packed mask: call it with mask=None, "
                 "or replace the plan's attention seam first, as `zoo finetune` does"
             )
         if self.window is None or self.window >= q.shape[2]:
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return _windowed(q, k, v, self.window)
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return _windowed(q, k, v, self.window, scale)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """Some query rows at a time with the keys they reach, so that no mask of the whole row exists."""
     parts, rows = [], max(window, _ROWS)
     for start in range(0, q.shape[2], rows):
@@ -53,6 +58,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
                 k[:, :, first:stop],
                 v[:, :, first:stop],
                 attn_mask=(distance >= 0) & (distance < window),
+                scale=scale,
                 enable_gqa=True,
             )
         )

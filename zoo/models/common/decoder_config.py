@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.models.common.fields import Fields
 from zoo.models.common.rope_parameters import RopeParameters, hub_rope, override_rope, parse_rope, rope_for_length
 
+# Caps far above any published model, so that a hostile file cannot ask for memory.
 MAX_LENGTH = 1 << 32
+"""The largest number of positions that a config.json may ask for."""
 MAX_LAYERS = 1 << 10
+"""The largest number of layers that a config.json may ask for."""
 MAX_WIDTH = 1 << 20
-"""Caps far above any published model, so that a hostile file cannot ask for memory."""
+"""The largest width that a config.json may ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,6 @@ def embedded_config(folder: Path, otherwise: Mapping[str, Any]) -> Mapping[str, 
     return found if isinstance(found, dict) else otherwise
 
 
-def embedded(folder: Path) -> dict[str, str]:
+def embedded_sizes(folder: Path) -> dict[str, str]:
     """The size `tiny` to its directory, if a checkpoint is there."""
     return {"tiny": str(folder)} if (folder / "config.json").is_file() else {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zoo.core.entries import ModelEntry, load_target
-from zoo.core.hookspecs import hookimpl
+from zoo import ModelEntry, hookimpl
+from zoo.core.entries import load_target
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Layout
+    from zoo import Layout
 
 TINY_RECIPE = {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}
 """The corpus that tiny models are trained on, at a rate and length that show something within minutes."""
@@ -18,14 +18,12 @@ TINY_RECIPE = {"data.path": "stdlib", "optim.lr": 1e-3, "schedule.steps": 6}
 class Family:
     """The four hooks of a model family; its plugin module binds them to their names."""
 
-    def __init__(
-        self, entry: ModelEntry, *, model_types: Collection[str], for_length: str, objections: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, entry: ModelEntry, *, for_length: str, objections: Sequence[str] = ()) -> None:
         """`for_length` names (fields of config.json, tokens) -> fields to change; `objections` names functions of a
         Layout that give a sentence or None, dynamic RoPE's being among them already.
         """
         self.entry = entry
-        self.model_types = tuple(model_types)
+        self.model_types = (entry.model_type, *entry.other_types)
         self._for_length = for_length
         self._objections = ("zoo.models.common.rope_parameters:dynamic_objection", *objections)
 

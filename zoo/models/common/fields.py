@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.core.errors import DataError
+from zoo import DataError
 
 _MAX_TOKEN = (1 << 31) - 1
 _MAX_TOKENS = 256

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zoo.core.contracts import IGNORE
+from zoo import IGNORE
 
 _CHUNK_VALUES = {"cpu": 1 << 23}
 _CHUNK_VALUES_ACCELERATOR = 1 << 27

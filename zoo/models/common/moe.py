@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.core.routing import RouterStats, Routing, by_expert, combine, spread
+from zoo import RouterStats, Routing
+from zoo.core.routing import by_expert, combine, spread
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Layout
+    from zoo import Layout
 
 _ONE_KERNEL = {("cuda", torch.bfloat16)}
 """Where `grouped_mm` is one kernel. Elsewhere it is a loop of its own, on a CPU slower than ours (torch 2.13)."""

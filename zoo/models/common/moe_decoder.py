@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.core.contracts import PADDING, Losses
-from zoo.core.routing import RouterStats
+from zoo import PADDING, Losses, RouterStats
 from zoo.models.common.decoder import CausalLM, Decoder
 from zoo.models.common.moe import LayerSum, RowPart, RowSum, SparseMoE, balance_loss
 

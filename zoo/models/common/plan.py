@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zoo.core.contracts import ParallelPlan, SeamName, TensorStyle
+from zoo import ParallelPlan, SeamName, TensorStyle
 
 LAYER = "model.layers.*"
+"""The blocks of a decoder, as a glob over module names."""
 _DENSE: Mapping[SeamName, str] = {"mlp": f"{LAYER}.run_mlp"}
 
 

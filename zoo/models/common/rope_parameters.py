@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.models.common.fields import Fields
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Layout
+    from zoo import Layout
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 _SAID_ABOVE = ("rope_theta", "partial_rotary_factor")

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zoo.core.errors import DataError
-from zoo.models.common.decoder_config import (
+from zoo import DataError
+from zoo.models.common import (
     MAX_WIDTH,
     DecoderConfig,
     Defaults,
+    Fields,
     attention_biases,
     attention_weights,
     decoder_for_length,
@@ -20,7 +21,6 @@ from zoo.models.common.decoder_config import (
     read_decoder,
     read_kv_heads,
 )
-from zoo.models.common.fields import Fields
 from zoo.models.llama3.sizes import MODEL_TYPE, MODEL_TYPES
 from zoo.models.llama3.windows import hub_windows, override_windows, read_windows
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from zoo.core.contracts import ModelSpec
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, DecoderLayer, causal_lm, init_buffers
-from zoo.models.common.mlp import SwiGLU
-from zoo.models.common.norms import RMSNorm
+from zoo import ModelSpec
+from zoo.models.common import Attention, CausalLM, DecoderLayer, RMSNorm, SwiGLU, causal_lm, init_buffers
 from zoo.models.llama3.config import LlamaConfig, hub_config, override, parse
 from zoo.models.llama3.plan import flops_per_token, plan
 from zoo.models.llama3.sizes import MODEL_TYPE

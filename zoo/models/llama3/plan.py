@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ParallelPlan
-from zoo.models.common.decoder_config import attention_weights
-from zoo.models.common.plan import decoder_plan, train_flops
+from zoo import ParallelPlan
+from zoo.models.common import attention_weights, decoder_plan, train_flops
 from zoo.models.llama3.config import LlamaConfig
 
 

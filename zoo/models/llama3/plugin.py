@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import ModelEntry
-from zoo.models.common.family import TINY_RECIPE, Family
+from zoo import ModelEntry
+from zoo.models.common import TINY_RECIPE, Family
 from zoo.models.llama3.sizes import EMBEDDED, HUB_IDS, MODEL_TYPE, MODEL_TYPES, PARAMETERS, SIZES
 
 ZOO_PLUGIN_API = 1
@@ -14,6 +14,7 @@ _family = Family(
         target="zoo.models.llama3.model:SPEC",
         help="Llama 3, 3.1, 3.2 and 3.3, and whatever the hub calls 'llama', 'mistral' or 'ministral'",
         model_type=MODEL_TYPE,
+        other_types=tuple(kind for kind in MODEL_TYPES if kind != MODEL_TYPE),
         sizes=SIZES,
         default_size="8b",
         hub_ids=HUB_IDS,
@@ -21,7 +22,6 @@ _family = Family(
         embedded=EMBEDDED,
         recipes={"tiny": TINY_RECIPE},
     ),
-    model_types=MODEL_TYPES,
     for_length="zoo.models.llama3.config:for_length",
 )
 

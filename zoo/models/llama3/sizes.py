@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.models.common.embedded import embedded, embedded_config
+from zoo.models.common import embedded_config, embedded_sizes
 
 MODEL_TYPE = "llama"
 MODEL_TYPES = ("llama", "mistral", "ministral")
@@ -92,4 +92,4 @@ HUB_IDS: Mapping[str, str] = {
     "3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
 }
 
-EMBEDDED: Mapping[str, str] = embedded(TINY)
+EMBEDDED: Mapping[str, str] = embedded_sizes(TINY)

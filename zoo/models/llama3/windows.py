@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.core.errors import DataError
-from zoo.models.common.fields import Fields
+from zoo import DataError
+from zoo.models.common import Fields
 
 Windows = tuple[int | None, ...]
 

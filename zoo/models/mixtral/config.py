@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.core.errors import DataError
-from zoo.models.common.decoder_config import (
+from zoo import DataError
+from zoo.models.common import (
     MAX_LENGTH,
     MAX_WIDTH,
     DecoderConfig,
     Defaults,
+    Fields,
     attention_weights,
     decoder_for_length,
     end_weights,
@@ -20,7 +21,6 @@ from zoo.models.common.decoder_config import (
     read_decoder,
     read_kv_heads,
 )
-from zoo.models.common.fields import Fields
 from zoo.models.mixtral.sizes import MODEL_TYPE
 
 _DEFAULTS = Defaults(

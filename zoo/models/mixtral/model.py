@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from zoo.core.contracts import ModelSpec
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import decoder_of, init_buffers, init_weights
-from zoo.models.common.moe import SparseMoE, init_experts
-from zoo.models.common.moe_decoder import SparseCausalLM, SparseDecoder, SparseDecoderLayer
-from zoo.models.common.norms import RMSNorm
+from zoo import ModelSpec
+from zoo.models.common import (
+    Attention,
+    RMSNorm,
+    SparseCausalLM,
+    SparseDecoder,
+    SparseDecoderLayer,
+    SparseMoE,
+    decoder_of,
+    init_buffers,
+    init_experts,
+    init_weights,
+)
 from zoo.models.mixtral.config import MixtralConfig, hub_config, override, parse
 from zoo.models.mixtral.plan import experts, flops_per_token, plan
 from zoo.models.mixtral.rules import forms, rules

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ExpertShape, ParallelPlan
-from zoo.models.common.decoder_config import attention_weights
-from zoo.models.common.plan import LAYER, decoder_plan, train_flops
+from zoo import ExpertShape, ParallelPlan
+from zoo.models.common import LAYER, attention_weights, decoder_plan, train_flops
 from zoo.models.mixtral.config import MixtralConfig, expert_weights
 
 _MOE = f"{LAYER}.block_sparse_moe"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.rules import Part, Rename, Rule, Stack
+from zoo import Part, Rename, Rule, Stack
 from zoo.models.mixtral.config import MixtralConfig
 
 _OURS = "model.layers.{i}.block_sparse_moe"

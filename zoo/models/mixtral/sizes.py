@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.models.common.embedded import embedded, embedded_config
+from zoo.models.common import embedded_config, embedded_sizes
 
 MODEL_TYPE = "mixtral"
 TINY = Path(__file__).parent / "tiny"
@@ -61,4 +61,4 @@ HUB_IDS: Mapping[str, str] = {
     "8x22b": "mistralai/Mixtral-8x22B-v0.1",
 }
 
-EMBEDDED: Mapping[str, str] = embedded(TINY)
+EMBEDDED: Mapping[str, str] = embedded_sizes(TINY)

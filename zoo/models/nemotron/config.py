@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.models.common.decoder_config import (
+from zoo.models.common import (
     MAX_WIDTH,
     DecoderConfig,
     Defaults,
+    Fields,
     attention_biases,
     attention_weights,
     decoder_for_length,
@@ -19,7 +20,6 @@ from zoo.models.common.decoder_config import (
     read_decoder,
     read_kv_heads,
 )
-from zoo.models.common.fields import Fields
 from zoo.models.nemotron.sizes import MODEL_TYPE
 
 _DEFAULTS = Defaults(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from zoo.core.contracts import ModelSpec
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, DecoderLayer, causal_lm, init_buffers
-from zoo.models.common.mlp import SquaredReLU
-from zoo.models.common.norms import LayerNorm1P
+from zoo import ModelSpec
+from zoo.models.common import Attention, CausalLM, DecoderLayer, LayerNorm1P, SquaredReLU, causal_lm, init_buffers
 from zoo.models.nemotron.config import NemotronConfig, hub_config, override, parse
 from zoo.models.nemotron.plan import flops_per_token, plan
 from zoo.models.nemotron.sizes import MODEL_TYPE

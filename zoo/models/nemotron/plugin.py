@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import ModelEntry
-from zoo.models.common.family import TINY_RECIPE, Family
+from zoo import ModelEntry
+from zoo.models.common import TINY_RECIPE, Family
 from zoo.models.nemotron.sizes import EMBEDDED, HUB_IDS, MODEL_TYPE, PARAMETERS, SIZES
 
 ZOO_PLUGIN_API = 1
@@ -21,7 +21,6 @@ _family = Family(
         embedded=EMBEDDED,
         recipes={"tiny": TINY_RECIPE},
     ),
-    model_types=(MODEL_TYPE,),
     for_length="zoo.models.nemotron.config:for_length",
 )
 

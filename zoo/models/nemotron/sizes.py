@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.models.common.embedded import embedded, embedded_config
+from zoo.models.common import embedded_config, embedded_sizes
 
 MODEL_TYPE = "nemotron"
 TINY = Path(__file__).parent / "tiny"
@@ -67,4 +67,4 @@ HUB_IDS: Mapping[str, str] = {
     "minitron-8b": "nvidia/Minitron-8B-Base",
 }
 
-EMBEDDED: Mapping[str, str] = embedded(TINY)
+EMBEDDED: Mapping[str, str] = embedded_sizes(TINY)

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.core.errors import DataError
-from zoo.models.common.decoder_config import MAX_WIDTH
-from zoo.models.common.fields import Fields
+from zoo import DataError
+from zoo.models.common import MAX_WIDTH, Fields
 
 _ROUND = 256
 _NOT_IMPLEMENTED = (

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.core.contracts import HeadShape
-from zoo.core.errors import DataError
-from zoo.models.common.decoder_config import (
+from zoo import DataError, HeadShape
+from zoo.models.common import (
     DecoderConfig,
     Defaults,
+    Fields,
     decoder_for_length,
     end_weights,
     hub_decoder,
     override_decoder,
     read_decoder,
 )
-from zoo.models.common.fields import Fields
 from zoo.models.nemotron_nas.blocks import BlockConfig, hub_block, read_blocks
 from zoo.models.nemotron_nas.sizes import MODEL_TYPE
 

@@ -7,11 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.core.contracts import ModelSpec
-from zoo.models.common.attention import Attention
-from zoo.models.common.decoder import CausalLM, causal_lm, init_buffers
-from zoo.models.common.mlp import RunMLP, SwiGLU
-from zoo.models.common.norms import RMSNorm
+from zoo import ModelSpec
+from zoo.models.common import Attention, CausalLM, RMSNorm, RunMLP, SwiGLU, causal_lm, init_buffers
 from zoo.models.nemotron_nas.blocks import BlockConfig
 from zoo.models.nemotron_nas.config import NemotronNasConfig, heads, hub_config, override, parse
 from zoo.models.nemotron_nas.plan import flops_per_token, plan

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.core.contracts import ParallelPlan, SeamName, TensorStyle
-from zoo.models.common.plan import LAYER, decoder_plan, train_flops
+from zoo import ParallelPlan, SeamName, TensorStyle
+from zoo.models.common import LAYER, decoder_plan, train_flops
 from zoo.models.nemotron_nas.config import NemotronNasConfig, block_weights, heads
 
 

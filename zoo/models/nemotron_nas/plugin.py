@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import ModelEntry
-from zoo.models.common.family import TINY_RECIPE, Family
-from zoo.models.nemotron_nas.sizes import KV_HEADS, MODEL_TYPE, PARAMETERS, SIZES
+from zoo import ModelEntry
+from zoo.models.common import TINY_RECIPE, Family
+from zoo.models.nemotron_nas.sizes import KV_HEADS, MODEL_TYPE, PARAMETERS, SIZES, TOKENIZER
 
 ZOO_PLUGIN_API = 1
 
@@ -18,9 +18,9 @@ _family = Family(
         default_size="tiny",
         parameters=PARAMETERS,
         kv_heads=KV_HEADS,
+        tokenizer=TOKENIZER,
         recipes={"tiny": TINY_RECIPE},
     ),
-    model_types=(MODEL_TYPE,),
     for_length="zoo.models.nemotron_nas.config:for_length",
 )
 

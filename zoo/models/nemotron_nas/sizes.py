@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MODEL_TYPE = "nemotron-nas"
+TOKENIZER = str(Path(__file__).parent / "tokenizer")
+"""The small one that all tiny sizes have; no trained checkpoint of this family ships with the package."""
 
 
 def _block(

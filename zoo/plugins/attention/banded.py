@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from zoo import AttentionProblem, AttentionSlice
 from zoo.core.attention.merge import accumulation_dtype, merge_
 from zoo.core.attention.ranges import Range
-from zoo.core.contracts import AttentionProblem, AttentionSlice
 from zoo.plugins.attention.bands import Band, Launch, box, launches, shifted
 
 

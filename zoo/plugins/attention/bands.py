@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from zoo import AttentionSlice, SliceRule
 from zoo.core.attention.ranges import Range
-from zoo.core.contracts import AttentionSlice, SliceRule
 
 
 class Band(NamedTuple):

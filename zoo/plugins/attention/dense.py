@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zoo.core.attention.kernel import RectangleBackend
+from zoo import AttentionProblem, RectangleBackend
 from zoo.core.attention.merge import accumulation_dtype
-from zoo.core.contracts import AttentionProblem
 
 MAX_SCORES = 1 << 22
 """Scores that exist at a time (32 MB in fp64), so that memory does not grow with the square of the length."""

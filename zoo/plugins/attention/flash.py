@@ -12,9 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from zoo import AttentionProblem, UsageError
 from zoo.core.attention.ranges import Range, complement
-from zoo.core.contracts import AttentionProblem
-from zoo.core.errors import UsageError
 from zoo.plugins.attention.banded import BandedBackend
 from zoo.plugins.attention.bands import Band, Launch
 from zoo.plugins.attention.flash_versions import Segments, Version, installed

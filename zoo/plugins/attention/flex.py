@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
 from torch.nn.attention.flex_attention import BlockMask
 
-from zoo.core.contracts import AttentionProblem
+from zoo import AttentionProblem
 from zoo.plugins.attention.banded import BandedBackend
 from zoo.plugins.attention.bands import Band, Launch
 from zoo.plugins.attention.flex_blocks import Intervals, Piece, block_mask, one_block

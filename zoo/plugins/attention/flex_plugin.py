@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import AttentionEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import AttentionEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.core.attention.kernel import RectangleBackend
+from zoo import AttentionProblem, RectangleBackend
 from zoo.core.attention.merge import accumulation_dtype
-from zoo.core.contracts import AttentionProblem
 from zoo.plugins.attention import sdpa_cuda
 
 _aten = torch.ops.aten

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.attention.kernel import RectangleBackend
-from zoo.core.contracts import AttentionProblem
+from zoo import AttentionProblem, RectangleBackend
 
 _aten = torch.ops.aten
 _HALF = ("bfloat16", "float16")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zoo.core.entries import AttentionEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import AttentionEntry, hookimpl
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import AttentionProblem
+    from zoo import AttentionProblem
+
+ZOO_PLUGIN_API = 1
 
 # cuDNN is as fast as any, but prepares an execution plan for every new shape, and packed rows have new shapes every
 # step; so it stands behind the kernels that do not. Who cannot compute a problem is no candidate for it.

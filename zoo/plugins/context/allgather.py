@@ -5,7 +5,7 @@ As Llama-3's context parallelism (2407.21783, section 3.3.2), but only visible r
 
 from __future__ import annotations
 
-from zoo.core.contracts import HeadShape
+from zoo import HeadShape
 from zoo.plugins.context.fetch import FetchScheme
 
 

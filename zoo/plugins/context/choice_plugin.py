@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from zoo.core.hookspecs import hookimpl
+from zoo import hookimpl
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Forecast, Layout
+    from zoo import Forecast, Layout
+
+ZOO_PLUGIN_API = 1
 
 _PREFERENCE = ("halo", "ring", "allgather", "hybrid", "ulysses")
 """Between forecasts that do not differ by a twentieth: what holds less memory, and waits for fewer ranks, first."""

@@ -12,13 +12,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
+from zoo import AttentionBackend, AttentionProblem, HeadShape, Link, Mask, SequenceLayout
 from zoo.core.attention.merge import accumulation_dtype
 from zoo.core.attention.partial import Gradients, Result
 from zoo.core.attention.ranges import Range, count
-from zoo.core.attention.wire import Link, Transfer, add_rows, empty_rows, heads, pack, post, rows_in
-from zoo.core.contracts import AttentionBackend, AttentionProblem, HeadShape
+from zoo.core.attention.wire import Transfer, add_rows, empty_rows, heads, pack, post, rows_in
 from zoo.plugins.context.fetch_plan import FetchPlan, fetch_plan
 
 _KEYS, _GRADIENTS = 0, 1

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.needs import remote_needs, rows_needed
+from zoo import HeadShape, Mask, SequenceLayout, Stage, local_slices, remote_needs, remote_slices
+from zoo.core.attention.needs import rows_needed
 from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
-from zoo.core.attention.slices import Slices, Step, local_slices, remote_slices
+from zoo.core.attention.slices import Slices, Step
 from zoo.core.attention.wire import Message, rows_in
-from zoo.core.contracts import HeadShape, Stage
 
 
 @dataclass(frozen=True, slots=True)

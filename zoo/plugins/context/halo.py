@@ -6,7 +6,7 @@ exchange, hidden behind the rank's own keys, and no head is waited for by anothe
 
 from __future__ import annotations
 
-from zoo.core.contracts import HeadShape
+from zoo import HeadShape
 from zoo.plugins.context.fetch import FetchScheme
 
 

@@ -11,8 +11,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from zoo import Link
 from zoo.core.attention.ranges import Range
-from zoo.core.attention.wire import Link, exchange
+from zoo.core.attention.wire import exchange
 from zoo.plugins.context.hybrid_plan import HybridPlan
 
 _IN, _OUT = 2, 3

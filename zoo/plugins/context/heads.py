@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from zoo import HeadShape
 from zoo.core.attention.ranges import Range
-from zoo.core.contracts import HeadShape
 
 
 @dataclass(frozen=True, slots=True)

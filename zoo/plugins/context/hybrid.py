@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.wire import Link
-from zoo.core.contracts import AttentionBackend, AttentionProblem, HeadShape
-from zoo.core.errors import UsageError
+from zoo import AttentionBackend, AttentionProblem, HeadShape, Link, Mask, SequenceLayout, UsageError
 from zoo.plugins.context.head_exchange import gather_rows, scatter_rows
 from zoo.plugins.context.heads import sharing_problem
 from zoo.plugins.context.hybrid_plan import HybridPlan, hybrid_plan

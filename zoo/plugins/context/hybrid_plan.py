@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
+from zoo import HeadShape, Mask, SequenceLayout, Stage
 from zoo.core.attention.ranges import Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices
-from zoo.core.contracts import HeadShape, Stage
 from zoo.plugins.context.heads import HeadShare, share_heads
 from zoo.plugins.context.ring_plan import RingPlan, ring_plan
 

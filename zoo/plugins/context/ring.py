@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
+from zoo import AttentionBackend, AttentionProblem, HeadShape, Link, Mask, SequenceLayout
 from zoo.core.attention.merge import accumulation_dtype
 from zoo.core.attention.partial import Gradients, Result
 from zoo.core.attention.ranges import Ranges, complement, count
-from zoo.core.attention.wire import Link, Transfer, add_rows, empty_rows, heads, pack, post
-from zoo.core.contracts import AttentionBackend, AttentionProblem, HeadShape
+from zoo.core.attention.wire import Transfer, add_rows, empty_rows, heads, pack, post
 from zoo.plugins.context.ring_plan import RingPass, RingPlan, ring_plan
 
 _KEYS, _GRADIENTS = 0, 1

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.needs import Need, remote_needs
+from zoo import HeadShape, Mask, Need, SequenceLayout, Stage, local_slices, remote_needs, remote_slices
 from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
-from zoo.core.attention.slices import Slices, Step, local_slices, remote_slices
+from zoo.core.attention.slices import Slices, Step
 from zoo.core.attention.wire import Message, rows_in
-from zoo.core.contracts import HeadShape, Stage
 
 GRADIENT_WEIGHT = 2
 """What a gradient row costs relative to a K/V row when the backward direction is chosen: fp32 beside bf16."""

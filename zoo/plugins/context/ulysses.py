@@ -6,7 +6,7 @@ to deal out; no exchange can hide behind the computation, and memory for K/V is 
 
 from __future__ import annotations
 
-from zoo.core.contracts import AttentionProblem, HeadShape
+from zoo import AttentionProblem, HeadShape
 from zoo.plugins.context.heads import sharing_problem
 from zoo.plugins.context.hybrid import Hybrid
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.core.errors import DataError
-from zoo.core.formats import Record, Sample
-from zoo.core.tokenizer import Tokenizer
+from zoo import DataError, Record, Sample, Tokenizer
 from zoo.plugins.data.conversation import Conversation, template_variables
 from zoo.plugins.data.markers import spelt_remarks
 from zoo.plugins.data.turns import described, read_messages

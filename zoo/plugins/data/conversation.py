@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zoo.core.errors import DataError
-from zoo.core.formats import Record, Remark, Sample
-from zoo.core.tokenizer import GUARD, Tokenizer
+from zoo import DataError, Record, Remark, Sample, Tokenizer
+from zoo.core.tokenizer import GUARD
 from zoo.plugins.data.forms import forms, is_unreadable
 from zoo.plugins.data.losses import lost
 from zoo.plugins.data.markers import lacking, named, spelt_in_turns

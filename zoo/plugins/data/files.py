@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from zoo.core.errors import DataError
-from zoo.core.formats import Record
+from zoo import DataError, Record
 from zoo.core.suggest import did_you_mean
 from zoo.plugins.data.lines import read_lines
 from zoo.plugins.data.texts import PIECE_BYTES, read_text

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.core.errors import DataError
-from zoo.core.formats import Record
+from zoo import DataError, Record
 from zoo.plugins.data.turns import described
 
 MAX_LINE_BYTES = 1 << 28

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.core.formats import Remark
+from zoo import Remark
 from zoo.plugins.data.turns import ASSISTANT, REASONING, Message, arguments_of, call_of
 
 _THINK = re.compile(r"</?think>")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from zoo.core.entries import DataFormatEntry
-from zoo.core.errors import DataError
-from zoo.core.hookspecs import hookimpl
+from zoo import DataError, DataFormatEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 _UNREAD = {
     ("conversations",): "rename it messages, and from and value in it (human, gpt) role and content (user, assistant)",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.plugins.data.turns import Message
 
 Span: TypeAlias = tuple[int, int]

@@ -7,7 +7,7 @@ import os
 import sysconfig
 from pathlib import Path
 
-from zoo.core.errors import DataError
+from zoo import DataError
 from zoo.plugins.data.files import File, FileSource
 
 HELD_OUT_OF = 20

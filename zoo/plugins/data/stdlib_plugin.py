@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zoo import hookimpl
 from zoo.core.entries import load_target
-from zoo.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from zoo.core.formats import DataSource
+    from zoo import DataSource
+
+ZOO_PLUGIN_API = 1
 
 _HELD_OUT = {"stdlib": False, "stdlib:held-out": True}
 """The words it answers to, and whether each means the part that is kept for measuring."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from zoo.core.entries import DataFormatEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import DataFormatEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 TEXT = DataFormatEntry(
     name="text",

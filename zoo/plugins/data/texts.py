@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from zoo.core.errors import DataError
-from zoo.core.formats import Record
+from zoo import DataError, Record
 
 PIECE_BYTES = 1 << 22
 """A larger file becomes several records of about this size, cut at the ends of lines: memory stays bounded."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from zoo.core.errors import DataError
+from zoo import DataError
 
 Message: TypeAlias = "dict[str, Any]"
 

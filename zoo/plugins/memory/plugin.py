@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from zoo.core.entries import MemoryPolicyEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import MemoryPolicyEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.core.contracts import ModelConfig, ParallelPlan
-from zoo.core.seams import swap
+from zoo import ModelConfig, ParallelPlan, replace_modules
 
 
 class KeepAll:
@@ -36,7 +35,7 @@ class RecomputeBlocks:
 
     def apply(self, model: nn.Module, plan: ParallelPlan) -> nn.Module:
         """Replace the seam that runs blocks."""
-        swap(model, plan.seams["block"], lambda _old: _RunTwice(), owner=self.name)
+        replace_modules(model, plan.seams["block"], lambda _old: _RunTwice(), owner=self.name)
         return model
 
     def saved_bytes(self, config: ModelConfig, tokens: int, bytes_per_value: int) -> int:

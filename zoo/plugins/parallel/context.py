@@ -11,20 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zoo import (
+    Batch,
+    ContextScheme,
+    Layout,
+    Link,
+    Mesh,
+    ParallelAdapter,
+    ParallelPlan,
+    Phase,
+    UsageError,
+    replace_modules,
+)
 from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, Question, ShardedMask
-from zoo.core.attention.wire import Link
-from zoo.core.batch import Batch
-from zoo.core.contracts import ContextScheme, Layout, ParallelAdapter, ParallelPlan, Phase
-from zoo.core.errors import UsageError
-from zoo.core.mesh import Mesh
-from zoo.core.seams import swap
 from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
-    from zoo.core.attention.mask import Mask
-    from zoo.core.traffic import Account
+    from zoo import Account, Mask
 
 
 class ContextParallel(ParallelAdapter):
@@ -63,9 +68,11 @@ class ContextParallel(ParallelAdapter):
         group = mesh["cp"].get_group()
         _connect(group, mesh.device_type)
         link = Link(group, getattr(torch, layout.settings.cp_wire) if layout.settings.cp_wire else None)
-        swap(model, plan.seams["attention"], lambda old: _exchanging(old, _schemes(layout), link), owner=self.name)
+        replace_modules(
+            model, plan.seams["attention"], lambda old: _exchanging(old, _schemes(layout), link), owner=self.name
+        )
         if "row_sum" in plan.seams:
-            swap(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
+            replace_modules(model, plan.seams["row_sum"], lambda old: _RowSum(old, group), owner=self.name)
         return model
 
     def shard_batch(self, batch: Batch, mesh: Mesh, layout: Layout) -> Batch:

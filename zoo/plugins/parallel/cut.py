@@ -8,8 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from zoo.core.contracts import Layout, ParallelPlan
-from zoo.core.seams import find
+from zoo import Layout, ParallelPlan, find_modules
 from zoo.plugins.parallel.stages import balance, stages_of, virtual
 
 
@@ -48,8 +47,8 @@ class Cut:
     @classmethod
     def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, layout: Layout) -> Cut:
         """For a whole model on meta."""
-        names, pp = find(model, plan.block), mesh.size("pp")
-        first, last = ([n for glob in globs for n in find(model, glob)] for globs in (plan.first, plan.last))
+        names, pp = find_modules(model, plan.block), mesh.size("pp")
+        first, last = ([n for glob in globs for n in find_modules(model, glob)] for globs in (plan.first, plan.last))
         costs = _costs(model, names, plan, layout.model.scores(layout.seq))
         # A look-up multiplies nothing.
         head = sum(_matrix_values(model.get_submodule(name)) for name in last)
@@ -61,9 +60,9 @@ class Cut:
             mine=stages_of(mesh.rank("pp"), pp, layout.settings),
             first=first,
             last=last,
-            loss=find(model, plan.seams["loss"]),
-            layer_sum=find(model, plan.seams["layer_sum"]) if "layer_sum" in plan.seams else [],
-            row_sum=find(model, plan.seams["row_sum"]) if "row_sum" in plan.seams else [],
+            loss=find_modules(model, plan.seams["loss"]),
+            layer_sum=find_modules(model, plan.seams["layer_sum"]) if "layer_sum" in plan.seams else [],
+            row_sum=find_modules(model, plan.seams["row_sum"]) if "row_sum" in plan.seams else [],
             tied=frozenset(name for name, p in model.named_parameters() if id(p) in ends[0] & ends[1]),
             classes={name: type(model.get_submodule(name)) for name in ("", *holders)},
             hidden_size=next(p.shape[-1] for p in _parameters(model, plan.first)),
@@ -81,7 +80,7 @@ class Cut:
 
 
 def _parameters(model: nn.Module, globs: Sequence[str]) -> Iterator[nn.Parameter]:
-    return (p for glob in globs for name in find(model, glob) for p in model.get_submodule(name).parameters())
+    return (p for glob in globs for name in find_modules(model, glob) for p in model.get_submodule(name).parameters())
 
 
 def _matrix_values(module: nn.Module) -> int:
@@ -90,7 +89,7 @@ def _matrix_values(module: nn.Module) -> int:
 
 def _costs(model: nn.Module, blocks: Sequence[str], plan: ParallelPlan, scores: Sequence[float]) -> list[float]:
     """Of each block, multiplications of a token: values of matrices, and scores where it has attention."""
-    attending = [name for name in find(model, plan.seams["attention"])]
+    attending = [name for name in find_modules(model, plan.seams["attention"])]
     of_layer = dict(zip(attending, scores, strict=True)) if scores else {}
     return [
         _matrix_values(model.get_submodule(block))

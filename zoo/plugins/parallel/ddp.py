@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
-from zoo.core.contracts import Layout, ParallelPlan
+from zoo import Layout, ParallelPlan, StatePart
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_replicated
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Part
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Mesh
 
 
 class ReplicatedData(units.DataParallelOnceAStep):
@@ -43,7 +41,7 @@ class ReplicatedData(units.DataParallelOnceAStep):
         )
         return model
 
-    def whole(self, layout: Layout) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[StatePart]:
         """Everything."""
         return {"weights", "gradients", "optimizer"}
 

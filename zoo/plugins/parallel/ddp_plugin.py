@@ -1,7 +1,8 @@
 """Replicated data parallelism over dp_replicate x dp_shard x cp."""
 
-from zoo.core.entries import ParallelAdapterEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import ParallelAdapterEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

@@ -16,15 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
-from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase
-from zoo.core.errors import UsageError
-from zoo.core.routing import Arrangement, Routing, by_expert, combine, permute, spread
-from zoo.core.seams import find, swap
+from zoo import Layout, ParallelAdapter, ParallelPlan, Phase, Routing, UsageError, find_modules, replace_modules
+from zoo.core.routing import Arrangement, by_expert, combine, permute, spread
 from zoo.core.traffic import COUNT_BYTES
 
 if TYPE_CHECKING:
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Mesh
 
 
 class ExpertParallel(ParallelAdapter):
@@ -53,11 +50,11 @@ class ExpertParallel(ParallelAdapter):
                 f"names none; type --ep 1"
             )
         for glob in plan.expert:
-            for name in find(model, glob):
+            for name in find_modules(model, glob):
                 _deal_out(model.get_submodule(name), mesh["ep"])
         group = mesh["ep"].get_group()
-        swap(model, plan.seams["dispatch"], lambda _old: ExpertDispatch(group), owner=self.name)
-        swap(model, plan.seams["grouped_matmul"], _LocalMatmul, owner=self.name)
+        replace_modules(model, plan.seams["dispatch"], lambda _old: ExpertDispatch(group), owner=self.name)
+        replace_modules(model, plan.seams["grouped_matmul"], _LocalMatmul, owner=self.name)
         return model
 
     def account(self, account: Account) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from zoo.core.entries import ParallelAdapterEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import ParallelAdapterEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

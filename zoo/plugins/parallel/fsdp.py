@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import Layout, ParallelPlan
+from zoo import Layout, ParallelPlan, StatePart
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Part
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Mesh
 
 
 class FullyShardedData(units.DataParallel):
@@ -35,7 +33,7 @@ class FullyShardedData(units.DataParallel):
         units.shard(model, plan, mesh, layout, reshard=layout.settings.reshard)
         return model
 
-    def whole(self, layout: Layout) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[StatePart]:
         """Weights too are cut, unless they are kept from forward to backward."""
         return set() if layout.settings.reshard else {"weights"}
 

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism over dp_shard x cp, and its copies over dp_replicate."""
 
-from zoo.core.entries import ParallelAdapterEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import ParallelAdapterEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

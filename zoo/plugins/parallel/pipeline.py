@@ -21,10 +21,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor
 
-from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase
-from zoo.core.errors import UsageError
-from zoo.core.forward_backward import Counts, Sums
-from zoo.core.seams import find
+from zoo import Counts, Layout, ParallelAdapter, ParallelPlan, Phase, Sums, UsageError, find_modules
 from zoo.plugins.parallel.cut import Cut
 from zoo.plugins.parallel.pipeline_shards import held
 from zoo.plugins.parallel.pipeline_traffic import account_pipeline
@@ -33,9 +30,7 @@ from zoo.plugins.parallel.stages import SCHEDULES, objection
 from zoo.plugins.parallel.tensor_ranks import share_of
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Batch, Mesh
 
 _ONE_STAGE: Mapping[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 _STAGES: Mapping[str, Any] = {
@@ -71,7 +66,7 @@ class PipelineParallel(ParallelAdapter):
                     _leave_out(model, name)
         for seam, glob in plan.seams.items():
             try:
-                find(model, glob)
+                find_modules(model, glob)
             except UsageError:
                 raise UsageError(f"--pp leaves a rank without any '{seam}' in its blocks; lower --pp") from None
         return model

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 
-from zoo.core.contracts import Layout
+from zoo import Layout
 from zoo.plugins.parallel.stage_model import StageModel
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zoo.core.errors import UsageError
-from zoo.core.forward_backward import Counts, Sums, as_losses
-from zoo.core.routing import RouterStats
+from zoo import Counts, RouterStats, Sums, UsageError
+from zoo.core.forward_backward import as_losses
 from zoo.plugins.parallel.cut import Cut
 
 if TYPE_CHECKING:
-    from zoo.core.batch import Batch
+    from zoo import Batch
 
 
 class StageModel(nn.Module):

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from zoo.core.contracts import Layout, SeamName
-from zoo.core.job import LayoutSection
+from zoo import Layout, LayoutSection, SeamName
 from zoo.core.suggest import did_you_mean
 
 

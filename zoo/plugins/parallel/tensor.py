@@ -1,8 +1,8 @@
 """The `tensor` adapter: matrices are cut over the axis `tp` as the plan says, norms and the residual on tokens.
 
 Megatron's cut (1909.08053, 2205.05198): `colwise` matrices by outputs, `rowwise` ones by inputs, embedding and head by
-words of the vocabulary. What sees tokens one by one, experts too, is whole on every rank, on its own tokens: gradients
-are parts until a step's last backward is done.
+words of the vocabulary. What sees tokens one by one, experts too, is whole on every rank, on its own tokens, and a norm
+of heads on its own heads: gradients are parts until a step's last backward is done.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from zoo.core.contracts import Layout, ParallelAdapter, ParallelPlan, Phase, TensorStyle
-from zoo.core.errors import UsageError
-from zoo.core.seams import find, matches, swap
+from zoo import Layout, ParallelAdapter, ParallelPlan, Phase, TensorStyle, UsageError, find_modules, replace_modules
+from zoo.core.plan import CUT_STYLES
+from zoo.core.seams import matches
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,
@@ -32,8 +32,7 @@ from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up
 from zoo.plugins.parallel.tensor_traffic import account_tensor
 
 if TYPE_CHECKING:
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Mesh
 
 _LINEAR: Mapping[TensorStyle, type[CutModule]] = {"colwise": Colwise, "rowwise": Rowwise, "vocab": VocabularyHead}
 
@@ -62,35 +61,36 @@ class TensorParallel(ParallelAdapter):
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Replace what the plan cuts by modules that hold a P-th, and swap the seams. All on meta.
 
-        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss,
-        or if it must say of a module where it stands and does not.
+        Raises UsageError if the plan cuts a module that is neither linear nor an embedding, or a head without a loss.
         """
         kind = OverlappingRanks if layout.settings.overlap_tensor else TensorRanks
         ranks = kind(mesh["tp"].get_group(), sequence=layout.settings.sequence_parallel)
         cut = _Cutter(ranks, mesh["tp"])
         styles = _styles(model, plan)
         for name, style in styles.items():
-            if style != "sequence":
+            if style in CUT_STYLES:
                 model.set_submodule(name, cut(name, style, model.get_submodule(name)))
-        if not ranks.sequence:
-            _check_places(model, styles)
-        else:
+        if ranks.sequence:
             _share_rows(model, plan, ranks)
         if "vocab" in styles.values():
             if "loss" not in plan.seams:
                 raise UsageError(
                     f"--tp cuts the head of {type(model).__name__} and its plan names no seam 'loss'; use --tp 1"
                 )
-            swap(model, plan.seams["loss"], lambda _old: VocabularyLoss(ranks), owner=self.name)
-        for name in find(model, plan.block):
+            replace_modules(model, plan.seams["loss"], lambda _old: VocabularyLoss(ranks), owner=self.name)
+        for name in find_modules(model, plan.block):
             model.get_submodule(name).register_forward_pre_hook(ranks.watch)
         return model
 
-    def complete_gradients(self, model: nn.Module, mesh: Mesh, layout: Layout) -> None:
-        """Under sequence parallelism a rank's gradients of what is not cut are of its own tokens: add them up."""
-        if layout.settings.sequence_parallel:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None and not _is_cut(p)]
-            add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
+    def complete_gradients(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> None:
+        """Add up the gradients that are parts on each rank of `tp`.
+
+        Under sequence parallelism those of all that is not cut: a rank saw its own tokens. Otherwise those of what
+        works on heads: a rank saw its own heads, and of the residual everything.
+        """
+        parameters = _uncut(model) if layout.settings.sequence_parallel else _of_heads(model, plan)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        add_up([g.to_local() if isinstance(g, DTensor) else g for g in gradients], mesh["tp"].get_group())
 
     def account(self, account: Account) -> None:
         """Add what hidden states cost where they meet cut matrices, and what is not cut in the end."""
@@ -100,9 +100,19 @@ class TensorParallel(ParallelAdapter):
 def _share_rows(model: nn.Module, plan: ParallelPlan, ranks: TensorRanks) -> None:
     """Swap the seams that must know that a rank has a part of a row's tokens."""
     if "row_part" in plan.seams:
-        swap(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
+        replace_modules(model, plan.seams["row_part"], lambda old: PartOfRow(old, ranks), owner=TensorParallel.name)
     if "row_sum" in plan.seams:
-        swap(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
+        replace_modules(model, plan.seams["row_sum"], lambda old: SharedRow(old, ranks), owner=TensorParallel.name)
+
+
+def _uncut(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not _is_cut(parameter)]
+
+
+def _of_heads(model: nn.Module, plan: ParallelPlan) -> list[nn.Parameter]:
+    """Parameters of the modules that the plan calls `heads`, each once though several modules may share it."""
+    modules = [model.get_submodule(name) for name, style in _styles(model, plan).items() if style == "heads"]
+    return list(dict.fromkeys(p for module in modules for p in module.parameters(recurse=False)))
 
 
 def _is_cut(parameter: Tensor) -> bool:
@@ -120,16 +130,6 @@ def _styles(model: nn.Module, plan: ParallelPlan) -> dict[str, TensorStyle]:
     """Modules by name, and how they are cut. In a pipeline a rank lacks those of other stages, or their parameters."""
     held = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return {name: style for glob, style in plan.tensor.items() for name in held if matches(name, glob)}
-
-
-def _check_places(model: nn.Module, styles: Mapping[str, TensorStyle]) -> None:
-    """Without sequence parallelism gradients on the residual are whole and others parts, as only a plan can tell."""
-    for name, module in model.named_modules():
-        if name not in styles and any(True for _ in module.parameters(recurse=False)):
-            raise UsageError(
-                f"--tp with layout.sequence_parallel=false must know whether '{name}' works on the residual, and the "
-                f"model's plan does not name it in 'tensor'; type --set layout.sequence_parallel=true"
-            )
 
 
 class _Cutter:

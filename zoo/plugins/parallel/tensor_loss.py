@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
-from zoo.core.contracts import IGNORE
+from zoo import IGNORE
 from zoo.plugins.parallel.tensor_modules import here
 from zoo.plugins.parallel.tensor_ranks import TensorRanks
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from zoo.core.contracts import TensorStyle
+from zoo import Account, TensorStyle
+from zoo.core.plan import CUT_STYLES
 from zoo.core.seams import matches
-from zoo.core.traffic import COUNT_BYTES, Account, Kind, Microbatch, Weight
+from zoo.core.traffic import COUNT_BYTES, Kind, Microbatch, Weight
 from zoo.plugins.parallel.tensor_loss import chunk_rows
 from zoo.plugins.parallel.tensor_ranks import in_messages
-
-_CUT = ("colwise", "rowwise", "vocab")
 
 
 def account_tensor(account: Account) -> None:
@@ -22,7 +21,7 @@ def account_tensor(account: Account) -> None:
     styles = _styles(account)
     for name, weight in account.weights.items():
         style = styles.get(name.rpartition(".")[0])
-        if style in _CUT:
+        if style in CUT_STYLES:
             account.weights[name] = _cut(name, weight, style, account.size("tp"))
     for batch in account.batches:
         _hidden(account, batch, styles)

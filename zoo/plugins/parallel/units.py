@@ -10,11 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from zoo.core.contracts import ExpertShape, Layout, ParallelAdapter, ParallelPlan, Phase
-from zoo.core.seams import find
+from zoo import ExpertShape, Layout, ParallelAdapter, ParallelPlan, Phase, find_modules
 
 if TYPE_CHECKING:
-    from zoo.core.mesh import Mesh
+    from zoo import Mesh
 
 
 class DataParallel(ParallelAdapter):
@@ -63,13 +62,13 @@ def wrap(
 
     Losses are sums over a global count, so gradients add up: the mean over ranks is turned off everywhere.
     """
-    experts = [name for glob in plan.expert for name in find(model, glob)]
+    experts = [name for glob in plan.expert for name in find_modules(model, glob)]
     for name in experts:
         expert(model.get_submodule(name))
-    for name in find(model, plan.block):
+    for name in find_modules(model, plan.block):
         dense(model.get_submodule(name))
     dense(model)
-    for name in find(model, plan.block):
+    for name in find_modules(model, plan.block):
         # The router makes the host wait in the middle of the block, too late to send for weights then.
         inside = [_unit(model.get_submodule(e)) for e in experts if e.startswith(f"{name}.")]
         _unit(model.get_submodule(name)).set_modules_to_forward_prefetch(inside)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from zoo.core.traffic import Account, Weight
+from zoo import Account
+from zoo.core.traffic import Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from zoo.core.contracts import Layout, ParallelPlan
+from zoo import Layout, ParallelPlan, StatePart
 from zoo.plugins.parallel import units
 from zoo.plugins.parallel.units_traffic import account_sharded
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import Part
-    from zoo.core.mesh import Mesh
-    from zoo.core.traffic import Account
+    from zoo import Account, Mesh
 
 
 class ShardedOptimizer(units.DataParallelOnceAStep):
@@ -37,7 +35,7 @@ class ShardedOptimizer(units.DataParallelOnceAStep):
         units.shard(model, plan, mesh, layout, reshard=False)
         return model
 
-    def whole(self, layout: Layout) -> Collection[Part]:
+    def whole(self, layout: Layout) -> Collection[StatePart]:
         """Weights, and gradients where they add up over microbatches."""
         return {"weights", "gradients"} if layout.microbatches > 1 else {"weights"}
 

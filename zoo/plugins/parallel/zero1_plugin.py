@@ -1,7 +1,8 @@
 """The distributed optimizer over dp_shard x cp."""
 
-from zoo.core.entries import ParallelAdapterEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import ParallelAdapterEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from zoo.core.hookspecs import hookimpl
+from zoo import hookimpl
 from zoo.core.units import format_seconds
 
 if TYPE_CHECKING:
-    from zoo.core.contracts import RunInfo
+    from zoo import RunInfo
+
+ZOO_PLUGIN_API = 1
 
 
 def line(steps: int, metrics: Mapping[str, float], eta: float) -> str:

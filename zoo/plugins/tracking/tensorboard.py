@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from zoo.core.errors import UsageError
+from zoo import UsageError
 
 
 class TensorBoard:

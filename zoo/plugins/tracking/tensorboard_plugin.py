@@ -1,7 +1,8 @@
 """Metrics to TensorBoard, when asked for with `--track tensorboard`."""
 
-from zoo.core.entries import TrackerEntry
-from zoo.core.hookspecs import hookimpl
+from zoo import TrackerEntry, hookimpl
+
+ZOO_PLUGIN_API = 1
 
 
 @hookimpl
