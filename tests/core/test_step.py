@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from zoo.core.batch import Row, collate
-from zoo.core.contracts import Losses
+from zoo.core.contracts import Losses, Setup
 from zoo.core.forward_backward import Counts
 from zoo.core.order import forward_backward
 from zoo.core.step import TrainState, train_step
 
 LENGTH = 6
+SETUP = Setup(seq=LENGTH, context=None, dtype="float64", master_dtype="float64")
 
 
 class Counting(nn.Module):
@@ -63,7 +64,7 @@ def test_adapters_that_listen_are_told_which_microbatch_is_the_last():
             told.append((model, last))
 
     told, model = [], Counting()
-    stepped = forward_backward(model, None, mesh=None, setup=None, adapters=[object(), Listening()])
+    stepped = forward_backward(model, None, mesh=None, setup=SETUP, adapters=[object(), Listening()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, forward_backward=stepped)
     for _ in range(2):

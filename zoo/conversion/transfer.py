@@ -15,6 +15,7 @@ from zoo.core.contracts import Converter, HubCheckpoint, ModelSpec, TensorSource
 from zoo.core.errors import DataError, UsageError
 from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, checked_book
+from zoo.core.model_answers import loaded_spec, parsed
 from zoo.core.registry import Registry
 from zoo.core.sources import open_checkpoint
 from zoo.core.units import format_duration
@@ -42,8 +43,8 @@ def open_checked(source: str, registry: Registry) -> Opened:
     if family is None:
         kind = checkpoint.config.get("model_type")
         raise UsageError(f"{source}: no family here knows model_type {kind!r}; see `zoo models`")
-    spec: ModelSpec = registry.models.load(family)
-    config = spec.parse(checkpoint.config)
+    spec = loaded_spec(registry.models, family)
+    config = parsed(spec, checkpoint.config)
     book = checked_book(checkpoint, spec, config)
     tensors = checkpoint.tensors if checkpoint.own_names else book.to_ours(checkpoint.tensors)
     return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=tensors)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from zoo.core.answers import made, refusal
+from zoo.core.attention.answers import check_cover
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
@@ -42,6 +44,8 @@ def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tupl
             scheme, why = _choose(job, registry, request, window)
         else:
             scheme, why = _asked_for(registry, request, wanted, degree), "asked for"
+        mask = Mask.whole(request.seq, causal=job.attention.mask != "full").with_window(window)
+        check_cover(scheme, mask, degree, request.problem.heads)
         schemes |= dict.fromkeys(windows, scheme)
         kind = f" of window {', '.join(map(str, windows))}" if window is not None else ""
         where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(request.windows) > 1 or kind else ""
@@ -107,12 +111,14 @@ def rates(problem: AttentionProblem, degree: int, wire: str | None) -> Rates:
 def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
     """A scheme by `name` or `name:argument`. Raises UsageError if it takes no argument."""
     name, colon, argument = wanted.partition(":")
-    target: Callable[..., ContextScheme] = registry.context_schemes.load(name)
+    scheme: ContextScheme
     if not colon:
-        return target()
-    if not inspect.signature(target).parameters:
+        scheme = made(registry.context_schemes, name)
+        return scheme
+    if not inspect.signature(registry.context_schemes.load(name)).parameters:
         raise UsageError(f"--cp-scheme {wanted}: {name} takes nothing after its name; type --cp-scheme {name}")
-    return target(argument)
+    scheme = made(registry.context_schemes, name, argument)
+    return scheme
 
 
 def forecasts(
@@ -152,7 +158,10 @@ def _asked_for(registry: Registry, request: LayoutRequest, wanted: str, degree: 
 def _reason(scheme: ContextScheme, request: LayoutRequest) -> str | None:
     """Why it cannot carry every kind of layer; None if it can."""
     degree = request.degrees["cp"]
-    return first_reason(scheme.check(problem, request.seq, degree) for problem in request.problems)
+    who = f"context scheme '{scheme.name}'"
+    return first_reason(
+        refusal(who, "check", scheme.check(problem, request.seq, degree)) for problem in request.problems
+    )
 
 
 def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:

@@ -336,6 +336,8 @@ class Setup:
     """Whether tensor parallelism cuts the residual on tokens."""
     overlap_tensor: bool = False
     """Whether products of `tp` overlap their messages."""
+    model: str = ""
+    """Name of the family, for messages."""
 
 
 class ParallelAdapter(Protocol):

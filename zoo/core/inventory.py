@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.core.contracts import BlockShape, HubCheckpoint, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
+from zoo.core.model_answers import built, checked_rules
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 from zoo.core.seams import find, matches
 from zoo.core.state_memory import ModelValues, Values
@@ -42,7 +43,8 @@ def rule_book(
     the one of this config, where there is one already.
     """
     shapes = {name: tuple(p.shape) for name, p in (model or meta_model(spec, config)).named_parameters()}
-    books = [RuleBook(rules, shapes) for rules in (spec.rules(config), *(spec.forms(config) if source else ()))]
+    forms = (spec.rules(config), *(spec.forms(config) if source else ()))
+    books = [checked_rules(spec, rules, shapes) for rules in forms]
     if source is None or len(books) == 1:
         return books[0]
     names = set(source.names())
@@ -188,7 +190,7 @@ def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule,
 def meta_model(spec: ModelSpec, config: Any) -> nn.Module:
     """The model without storage."""
     with torch.device("meta"), _NoValues():
-        return spec.build(config)
+        return built(spec, config)
 
 
 class _NoValues(TorchFunctionMode):

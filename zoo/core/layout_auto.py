@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from zoo.core.answers import made, saved_bytes
 from zoo.core.contracts import MemoryPolicy
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.job import Job, LayoutSection
@@ -194,7 +195,7 @@ class _Search:
     def _policies(self) -> Sequence[MemoryPolicy]:
         registry, wanted = self.case.registry, self.job.memory.policy
         names = registry.memory_policies.names() if wanted == "auto" else [wanted]
-        return [registry.memory_policies.load(name)() for name in names]
+        return [made(registry.memory_policies, name) for name in names]
 
     def reasons(self, chosen: Degrees) -> Notes:
         """A line on each axis, with the numbers that decided."""
@@ -244,7 +245,7 @@ def _need(job: Job, case: LayoutCase, degrees: Degrees, policies: Sequence[Memor
     whole = parts_whole(adapters, setup)
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
     per_rank = -(-tokens // (degrees.tp if setup.sequence_parallel else 1))
-    saved = min((policy.saved_bytes(case.config, per_rank, value) for policy in policies), default=0)
+    saved = min((saved_bytes(policy, case.config, per_rank, value) for policy in policies), default=0)
     # A stage has its part of the blocks, and as many microbatches in flight as there are stages.
     head = case.config.vocab_size * case.config.hidden_size / degrees.tp
     logits = 4 * min(tokens * case.config.vocab_size / degrees.tp, 1 << 27) + 4 * head

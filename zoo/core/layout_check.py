@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo.core.answers import adapter_named, applies, made, refusal, whole_parts
 from zoo.core.choices import choose_data_parallel
 from zoo.core.context_choice import able_schemes
 from zoo.core.contracts import (
@@ -34,6 +35,7 @@ from zoo.core.job import Job, LayoutSection
 from zoo.core.layout_search import nearest
 from zoo.core.machine import Machine
 from zoo.core.mesh import AXES, Degrees, resolve_degrees
+from zoo.core.model_answers import Told, told
 from zoo.core.registry import Registry
 from zoo.core.state_memory import Holding, ModelValues, Part, state_bytes
 from zoo.core.units import format_bytes, format_count
@@ -75,8 +77,13 @@ class LayoutCase:
         return meta_model(self.spec, self.config)
 
     @cached_property
+    def told(self) -> Told:
+        """What the family says of the model."""
+        return told(self.spec, self.config, self.model)
+
+    @cached_property
     def values(self) -> ModelValues:
-        return model_values(self.model, self.spec.plan(self.config))
+        return model_values(self.model, self.told.plan)
 
     @cached_property
     def widths(self) -> Sequence[tuple[str, int]]:
@@ -84,11 +91,11 @@ class LayoutCase:
 
     @cached_property
     def heads(self) -> Counter[HeadShape]:
-        return Counter(self.spec.heads(self.config))
+        return Counter(self.told.heads)
 
     @cached_property
     def windows(self) -> Mapping[int | None, int]:
-        return dict(Counter(self.spec.windows(self.config)))
+        return dict(Counter(self.told.windows))
 
     def on(self, machine: Machine) -> LayoutCase:
         """The same on another machine; what is known of the model stays known."""
@@ -103,7 +110,7 @@ class LayoutCase:
         microbatches = max(1, rows // degrees.dp // job.data.micro_batch)
         pipeline = PipelineSetup(microbatches=microbatches)
         setup = _setup(job, self.dtype, pipeline, {}, self.windows)
-        return setup, [adapter for adapter in self._every_adapter if adapter.applies(degrees.mapping(), setup)]
+        return setup, self._applying(degrees.mapping(), setup)
 
     def agreed(self, job: Job) -> Agreed:
         """What `check` gives; a refusal names the nearest layouts that work. Raises LayoutError, FitError."""
@@ -152,7 +159,7 @@ class LayoutCase:
             problem=self._problem(degrees),
             heads=dict(self.heads.most_common()),
             windows=self.windows,
-            experts=self.spec.experts(self.config),
+            experts=self.told.experts,
             widths=self.widths if degrees.tp > 1 else (),
             sequence_parallel=job.layout.sequence_parallel,
             overlap_tensor=job.layout.overlap_tensor,
@@ -175,8 +182,8 @@ class LayoutCase:
     def _pipeline(self, job: Job, degrees: Degrees, microbatches: int) -> PipelineSetup:
         """What a pipeline must know; scores are those of a row that is one document."""
         seq = job.data.seq
-        keys = [seq / 2 if window is None else min(window, seq / 2) for window in self.spec.windows(self.config)]
-        heads = self.spec.heads(self.config)
+        keys = [seq / 2 if window is None else min(window, seq / 2) for window in self.told.windows]
+        heads = self.told.heads
         blocks, last = self._blocks if degrees.pp > 1 else ((), 0)
         return PipelineSetup(
             schedule=job.layout.pp_schedule,
@@ -189,11 +196,15 @@ class LayoutCase:
 
     @cached_property
     def _blocks(self) -> Any:
-        return block_shapes(self.model, self.spec.plan(self.config))
+        return block_shapes(self.model, self.told.plan)
 
     @cached_property
     def _every_adapter(self) -> list[ParallelAdapter]:
-        return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
+        adapters = self.registry.parallel_adapters
+        return [made(adapters, name) for name in adapters.names()]
+
+    def _applying(self, degrees: Mapping[str, int], setup: Setup) -> list[ParallelAdapter]:
+        return [adapter for adapter in self._every_adapter if applies(adapter, adapter.applies(degrees, setup))]
 
     def _adapters(self, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:
         """Those that apply, after each of them and every plugin agreed."""
@@ -204,10 +215,11 @@ class LayoutCase:
                     f"--{axis.replace('_', '-')} {request.degrees[axis]}: no plugin here serves the axis '{axis}'; "
                     f"axes served: {', '.join(sorted(served)) or 'none'}"
                 )
-        adapters = [adapter for adapter in self._every_adapter if adapter.applies(request.degrees, setup)]
+        adapters = self._applying(request.degrees, setup)
         _check_applied(request.degrees, adapters, setup)
-        for objection in (adapter.check(request) for adapter in adapters):
-            if objection:
+        for adapter in adapters:
+            objection = refusal(adapter_named(adapter), "check", adapter.check(request))
+            if objection is not None:
                 raise LayoutError(objection)
         for plugin, sentence in self.registry.check_layout(request):
             raise LayoutError(f"{sentence} (says plugin {plugin})")
@@ -230,7 +242,7 @@ class LayoutCase:
 
 def parts_whole(adapters: Sequence[ParallelAdapter], setup: Setup) -> frozenset[Part]:
     """What no adapter that applies cuts over dp_shard x cp."""
-    return frozenset(part for a in adapters if isinstance(a, Holding) for part in a.whole(setup))
+    return frozenset(part for a in adapters if isinstance(a, Holding) for part in whole_parts(a, a.whole(setup)))
 
 
 def _check_settings(layout: LayoutSection) -> None:
@@ -280,6 +292,7 @@ def _setup(
     return Setup(
         seq=job.data.seq,
         context=context_setup(job, schemes, windows),
+        model=job.model.name,
         dtype=dtype,
         # Weights and optimizer state are never held below fp32.
         master_dtype="float32" if dtype == "bfloat16" else dtype,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zoo.core import weights
+from zoo.core.answers import adapter_named, changed, check_order
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase, Setup
 from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne, Scheduler
@@ -57,9 +58,11 @@ def build(
         find(model, glob)
     swap(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
-        (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, setup)) for adapter in adapters
+        (adapter.phase, adapter.name, lambda m, a=adapter: changed(adapter_named(a), a.apply(m, plan, mesh, setup)))
+        for adapter in adapters
     ]
-    steps.append((Phase.RECOMPUTE, policy.name, lambda m: policy.apply(m, plan)))
+    who = f"memory policy '{policy.name}'"
+    steps.append((Phase.RECOMPUTE, policy.name, lambda m: changed(who, policy.apply(m, plan))))
     for _phase, _name, apply in sorted(steps, key=lambda step: step[:2]):
         model = apply(model)
     weights.allocate(model, device)
@@ -72,9 +75,9 @@ def forward_backward(
 ) -> ForwardBackward:
     """How a built model is stepped: by the adapter that has an order of its own, else microbatch by microbatch."""
     scheduler = next((adapter for adapter in adapters if isinstance(adapter, Scheduler)), None)
-    strategy: ForwardBackward = OneByOne(_microbatch_hook(model, adapters))
+    strategy: ForwardBackward = OneByOne(_microbatch_hook(model, adapters), family=setup.model)
     if scheduler is not None:
-        strategy = scheduler.forward_backward(model, plan, mesh, setup)
+        strategy = check_order(scheduler, scheduler.forward_backward(model, plan, mesh, setup))
     for adapter in adapters:
         if isinstance(adapter, Completing):
             strategy = Completed(strategy, partial(adapter.complete_gradients, model, mesh, setup))

@@ -106,7 +106,7 @@ class Pipelined:
         self.dtype = getattr(torch, setup.dtype)
         self.tp = (mesh.rank("tp"), mesh.size("tp")) if setup.sequence_parallel else (0, 1)
         splits = SCHEDULES[self.schedule_name].splits
-        self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
+        self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage, setup.model) for stage in cut.mine]
         self._held = held(model, self.stages, [cut.blocks[stage] for stage in cut.mine], setup, splits=splits)
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
         if self.device.type != "cpu":
