@@ -18,12 +18,24 @@ from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.attention.slices import local_slices
 from zoo.core.batch import Batch
-from zoo.core.contracts import HeadShape, HubCheckpoint, Losses, ParallelPlan, Record, Remark, Sample, Stage
+from zoo.core.contracts import (
+    HeadShape,
+    HubCheckpoint,
+    Losses,
+    ModelEntry,
+    ParallelPlan,
+    Phase,
+    Record,
+    Remark,
+    Sample,
+    Stage,
+)
 from zoo.core.corpus import read_shard
 from zoo.core.errors import PluginError
 from zoo.core.forward_backward import Counts, OneByOne
 from zoo.core.inventory import meta_model, rule_book
 from zoo.core.metrics import Meter, Pending
+from zoo.core.plugin_checks import PluginProblem, gathered_entries
 from zoo.core.rules import Piece, Rename, Stack
 from zoo.core.step import StepResult
 from zoo.core.weights import ModuleSource
@@ -145,6 +157,10 @@ class Scheme(Ring):
         return self.said.get("backward", lambda *x: x)(dout, saved[1], saved[1])
 
 
+class Unsaid(Scheme):
+    splits_rows = None
+
+
 def exchanged(scheme):
     q, k = torch.randn(1, 4, 6, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
     mask = ShardedMask(Mask.whole(12), SequenceLayout.contiguous(12, 2), 0)
@@ -212,7 +228,15 @@ def test_a_plan_covers_what_the_mask_lets_see_once():
 def offer(kind, name, target):
     """Entries of one kind of which one is given, as `Lookup` has them."""
     owner = SimpleNamespace(label="pico (zoo-pico 1.0)")
-    return SimpleNamespace(kind=kind, noun=f"noun of {kind}", load=lambda _name: target, owner=lambda _name: owner)
+    entry = SimpleNamespace(axes=("dp_shard",))
+    return SimpleNamespace(
+        kind=kind, noun=f"noun of {kind}", load=lambda _name: target, owner=lambda _name: owner, get=lambda _name: entry
+    )
+
+
+def adapter(**said):
+    usual = {"name": "mine", "axes": ("dp_shard",), "phase": Phase.WRAP}
+    return SimpleNamespace(**dict.fromkeys(("check", "applies", "apply", "shard_batch"), len) | usual | said)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +247,9 @@ def offer(kind, name, target):
         ("attention", Formula, "its name is 'formula'"),
         ("context_schemes", lambda: SimpleNamespace(check=len, plan=len, forward=len), "without backward"),
         ("parallel_adapters", lambda: 3, "3 without check"),
+        ("context_schemes", lambda: Unsaid(), "its splits_rows is None"),
+        ("parallel_adapters", lambda: adapter(axes=("cp",)), "its axes are a tuple of 1 ('cp')"),
+        ("parallel_adapters", lambda: adapter(phase=60), "its phase is 60"),
         ("memory_policies", lambda: SimpleNamespace(apply=len, name="mine"), "without saved_bytes"),
         ("trackers", lambda: SimpleNamespace(log=len), "without close"),
     ],
@@ -233,6 +260,8 @@ def test_what_a_target_makes(kind, target, came):
 
 def test_an_object_of_its_contract_is_taken():
     assert answers.made(offer("attention", "formula", Formula), "formula").name == "formula"
+    assert answers.made(offer("parallel_adapters", "mine", adapter), "mine").axes == ("dp_shard",)
+    assert answers.made(offer("context_schemes", "mine", Scheme), "mine").splits_rows
     assert answers.made(offer("trackers", "mine", lambda path: SimpleNamespace(log=len, close=path)), "mine", len)
 
 
@@ -539,3 +568,26 @@ def test_the_names_that_models_must_not_take_are_those_of_zoo(monkeypatch):
     meter = Meter(seq=4, global_batch=1, world_size=1, peak_tflops=1.0, device=torch.device("cpu"))
     meter.add(Pending(1, StepResult(torch.ones(()), torch.ones(()), 0.1), 4, 1.0, 0.0))
     assert meter.flush()[0].keys() == model_answers.OWN_METRICS
+
+
+@pytest.mark.parametrize(
+    ("said", "came"),
+    [
+        ({"parameters": {"tiny": "1b"}}, "'1b' parameters"),
+        ({"parameters": {"large": 10}}, "no size 'large', which its parameters names"),
+        ({"kv_heads": {"tiny": [2, 0]}}, "kv_heads [2, 0]"),
+        ({"kv_heads": {"tiny": [2, 2, 2]}}, "at most 2"),
+        ({"recipes": ["optim.lr"]}, "recipes"),
+    ],
+)
+def test_what_an_entry_of_a_family_lists(said, came):
+    def entries(**said):
+        entry = ModelEntry(name="mine", target="a:b", model_type="llama", sizes={"tiny": SMALL}, default_size="tiny")
+        return gathered_entries({"zoo_register_models": lambda: [replace(entry, **said)]})
+
+    with pytest.raises(PluginProblem, match="model 'mine'") as caught:
+        entries(**said)
+    assert came in str(caught.value)
+    assert entries(parameters={"tiny": 10}, kv_heads={"tiny": [2, 1]})["models"]
+    listed = replace(entries()["models"][0], kv_heads={"tiny": [2, 1]})
+    refused(lambda: model_answers.check_kv_heads(LLAMA, listed, "tiny", LLAMA.parse(SMALL)), "'mine'", "[2, 2]")

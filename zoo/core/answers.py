@@ -24,6 +24,7 @@ from zoo.core.contracts import (
     MemoryPolicy,
     ModelConfig,
     ParallelAdapter,
+    Phase,
     Record,
     Remark,
     Sample,
@@ -107,6 +108,9 @@ def _fitting(lookup: Lookup[Any], name: str, found: Any) -> Any:
             f"{_owned(lookup, name)}: its target gave {shown(found)} without {missing}, and the contract says an "
             f"object with {', '.join(methods)}; correct the plugin"
         )
+    attribute = _odd_attribute(lookup, name, found)
+    if attribute is not None:
+        raise PluginError(f"{_owned(lookup, name)}: {attribute}; correct the plugin")
     own = getattr(found, "name", None)
     if lookup.kind in _NAMED and (not isinstance(own, str) or own.partition(":")[0] != name):
         raise PluginError(
@@ -114,6 +118,20 @@ def _fitting(lookup: Lookup[Any], name: str, found: Any) -> Any:
             "correct the plugin"
         )
     return found
+
+
+def _odd_attribute(lookup: Lookup[Any], name: str, found: Any) -> str | None:
+    """Return what is wrong with an attribute that only some kinds have."""
+    if lookup.kind == "context_schemes" and not isinstance(getattr(found, "splits_rows", None), bool):
+        return f"its splits_rows is {shown(getattr(found, 'splits_rows', None))}, and the contract says True or False"
+    if lookup.kind != "parallel_adapters":
+        return None
+    axes, entry = getattr(found, "axes", None), lookup.get(name).axes
+    if not isinstance(axes, tuple) or set(axes) != set(entry):
+        return f"its axes are {shown(axes)}, and the contract says those of its entry, {', '.join(entry)}"
+    if not isinstance(getattr(found, "phase", None), Phase):
+        return f"its phase is {shown(getattr(found, 'phase', None))}, and the contract says one of Phase"
+    return None
 
 
 def _owned(lookup: Lookup[Any], name: str) -> str:
