@@ -23,6 +23,7 @@ from zoo.core.contracts import (
     HubCheckpoint,
     Losses,
     ModelEntry,
+    ParallelAdapterEntry,
     ParallelPlan,
     Phase,
     Record,
@@ -157,10 +158,6 @@ class Scheme(Ring):
         return self.said.get("backward", lambda *x: x)(dout, saved[1], saved[1])
 
 
-class Unsaid(Scheme):
-    splits_rows = None
-
-
 def exchanged(scheme):
     q, k = torch.randn(1, 4, 6, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
     mask = ShardedMask(Mask.whole(12), SequenceLayout.contiguous(12, 2), 0)
@@ -205,6 +202,12 @@ def test_the_numbers_of_a_forecast(stages, came):
     )
 
 
+def test_a_scheme_says_whether_it_splits_rows():
+    scheme = Scheme()
+    scheme.splits_rows = None
+    refused(lambda: check_cover(scheme, Mask.whole(12), 2, HEADS), "'mine'", "splits_rows", "None")
+
+
 def test_a_plan_covers_what_the_mask_lets_see_once():
     mask = Mask.whole(12)
     check_cover(Scheme(), mask, 2, HEADS)
@@ -235,34 +238,27 @@ def offer(kind, name, target):
 
 
 def adapter(**said):
-    usual = {"name": "mine", "axes": ("dp_shard",), "phase": Phase.WRAP}
-    return SimpleNamespace(**dict.fromkeys(("check", "applies", "apply", "shard_batch"), len) | usual | said)
+    return SimpleNamespace(**{"name": "mine", "axes": ("dp_shard",), "phase": Phase.WRAP} | said)
 
 
-@pytest.mark.parametrize(
-    ("kind", "target", "came"),
-    [
-        ("attention", "a text", "'a text'"),
-        ("attention", lambda: None, "None without supports"),
-        ("attention", Formula, "its name is 'formula'"),
-        ("context_schemes", lambda: SimpleNamespace(check=len, plan=len, forward=len), "without backward"),
-        ("parallel_adapters", lambda: 3, "3 without check"),
-        ("context_schemes", lambda: Unsaid(), "its splits_rows is None"),
-        ("parallel_adapters", lambda: adapter(axes=("cp",)), "its axes are a tuple of 1 ('cp')"),
-        ("parallel_adapters", lambda: adapter(phase=60), "its phase is 60"),
-        ("memory_policies", lambda: SimpleNamespace(apply=len, name="mine"), "without saved_bytes"),
-        ("trackers", lambda: SimpleNamespace(log=len), "without close"),
-    ],
-)
-def test_what_a_target_makes(kind, target, came):
-    refused(lambda: answers.made(offer(kind, "mine", target), "mine"), "'mine'", "pico (zoo-pico 1.0)", came)
+def test_an_object_has_the_name_of_its_entry():
+    assert answers.named("context scheme", "hybrid:4", SimpleNamespace(name="hybrid:4"))
+    for name in ("theirs", None, 3):
+        found = SimpleNamespace(name=name)
+        refused(lambda found=found: answers.named("memory policy", "mine", found), "memory policy 'mine'", repr(name))
 
 
-def test_an_object_of_its_contract_is_taken():
-    assert answers.made(offer("attention", "formula", Formula), "formula").name == "formula"
-    assert answers.made(offer("parallel_adapters", "mine", adapter), "mine").axes == ("dp_shard",)
-    assert answers.made(offer("context_schemes", "mine", Scheme), "mine").splits_rows
-    assert answers.made(offer("trackers", "mine", lambda path: SimpleNamespace(log=len, close=path)), "mine", len)
+def test_what_a_tracker_can_do():
+    assert answers.tracker("mine", SimpleNamespace(log=len, close=len))
+    for found in (None, SimpleNamespace(log=len), SimpleNamespace(log=len, close=3)):
+        refused(lambda found=found: answers.tracker("mine", found), "tracker 'mine'", "log and close")
+
+
+def test_an_adapter_is_what_its_entry_says():
+    entries = [ParallelAdapterEntry(name="mine", target="a:b", axes=("dp_shard",))]
+    answers.check_adapter(adapter(), entries)
+    for said, came in (({"axes": ("cp",)}, "('cp')"), ({"phase": 60}, "phase is 60"), ({"name": "its"}, "'its'")):
+        refused(lambda said=said: answers.check_adapter(adapter(**said), entries), "parallel adapter", came)
 
 
 @pytest.mark.parametrize("answer", [True, False, "", 3, ["no"]])

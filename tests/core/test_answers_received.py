@@ -93,7 +93,10 @@ PLANNED = {
         (ATTENTION, "class Mine(Dense):\n    name = 'mine'\n    def supports(self, problem): return True\n", ""),
         ("attention backend 'mine'", "supports", "True", "None if it can"),
     ),
-    "the name of a kernel": ((ATTENTION, "Mine = Dense\n", ""), ("attention backend 'mine'", "its name is 'dense'")),
+    "the name of a kernel": (
+        (ATTENTION, "Mine = Dense\n", "--attn mine"),
+        ("attention backend 'mine'", "its name is 'dense'"),
+    ),
     "whether a scheme can": (
         (SCHEME, "class Mine(Ring):\n    name = 'mine'\n    def check(self, *_): return False\n", "--cp 2"),
         ("context scheme 'mine'", "check", "False"),
@@ -166,7 +169,7 @@ TRAINED = {
     ),
     "a tracker": (
         (TRACKER, "def Mine(path): return None\n", "--track mine"),
-        ("tracker 'mine'", "None without log", "log, close"),
+        ("tracker 'mine'", "returned None", "log and close"),
     ),
     "a loss": (
         (

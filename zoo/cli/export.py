@@ -11,8 +11,6 @@ from zoo.cli.conversion_options import conversion_options
 from zoo.cli.session import Session, pass_session
 from zoo.conversion.push import check_push, push
 from zoo.conversion.transfer import open_checked, transfer
-from zoo.core.answers import loaded
-from zoo.core.contracts import Converter
 from zoo.core.errors import UsageError
 
 
@@ -44,7 +42,7 @@ def export(
         raise UsageError("--private says how to push: give --push OWNER/NAME too")
     if repo:
         check_push(repo)
-    converter: Converter = loaded(session.registry.converters, form)
+    converter = session.registry.converters.load(form)
     target = out or _default_out(Path(source), form)
     opened = open_checked(source, session.registry)
     done = transfer(opened, converter, target, dtype=dtype, shard_size=shard_size, threads=threads)

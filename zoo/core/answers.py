@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from zoo.core.contracts import (
     MemoryPolicy,
     ModelConfig,
     ParallelAdapter,
+    ParallelAdapterEntry,
     Phase,
     Record,
     Remark,
@@ -34,26 +35,14 @@ from zoo.core.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from zoo.core.batch import Batch
-    from zoo.core.lookup import Lookup
     from zoo.core.plugins import PluginStatus
 
-_METHODS = {
-    "attention": ("supports", "forward", "backward"),
-    "context_schemes": ("check", "plan", "forward", "backward"),
-    "parallel_adapters": ("check", "applies", "apply", "shard_batch"),
-    "memory_policies": ("apply", "saved_bytes"),
-    "converters": ("locate", "open", "export"),
-    "trackers": ("log", "close"),
-}
-"""What zoo calls of an object, by the kind of its entry."""
-_NAMED = ("attention", "context_schemes", "parallel_adapters", "memory_policies", "converters")
-"""Kinds whose objects carry the name of their entry: config.yaml is written with it."""
 _LONGEST = 80
 
 
-def wrong(who: str, method: str, came: str, says: str) -> PluginError:
+def wrong(who: str, method: str, came: str, says: str, *, verb: str = "returned") -> PluginError:
     """Return the error for a wrong answer of a method."""
-    return PluginError(f"{who}: {method} returned {came}, and the contract says {says}; correct the plugin")
+    return PluginError(f"{who}: {method} {verb} {came}, and the contract says {says}; correct the plugin")
 
 
 def shown(value: object) -> str:
@@ -76,66 +65,19 @@ def is_count(value: object) -> bool:
 # Objects ------------------------------------------------------------------------------------------
 
 
-def made(lookup: Lookup[Any], name: str, *arguments: object) -> Any:
-    """Call the target of an entry and return the object, which has what its contract names.
-
-    Raises as `Lookup.load`, and PluginError.
-    """
-    target = lookup.load(name)
-    if not callable(target):
-        raise PluginError(f"{_owned(lookup, name)}: its target is {shown(target)}, and the contract says a class")
-    return _fitting(lookup, name, target(*arguments))
-
-
-def loaded(lookup: Lookup[Any], name: str) -> Any:
-    """Return the target of an entry, which has what its contract names. Raises as `made`."""
-    return _fitting(lookup, name, lookup.load(name))
-
-
-def called(lookup: Lookup[Any], name: str) -> Any:
-    """Return the target of an entry that is a function. Raises as `made`."""
-    target = lookup.load(name)
-    if not callable(target):
-        raise PluginError(f"{_owned(lookup, name)}: its target is {shown(target)}, and the contract says a function")
-    return target
-
-
-def _fitting(lookup: Lookup[Any], name: str, found: Any) -> Any:
-    methods = _METHODS[lookup.kind]
-    missing = next((method for method in methods if not callable(getattr(found, method, None))), None)
-    if missing is not None:
-        raise PluginError(
-            f"{_owned(lookup, name)}: its target gave {shown(found)} without {missing}, and the contract says an "
-            f"object with {', '.join(methods)}; correct the plugin"
-        )
-    attribute = _odd_attribute(lookup, name, found)
-    if attribute is not None:
-        raise PluginError(f"{_owned(lookup, name)}: {attribute}; correct the plugin")
+def named(noun: str, name: str, found: Any) -> Any:
+    """Return an object whose name is that of its entry: config.yaml is written with it, and read by every rank."""
     own = getattr(found, "name", None)
-    if lookup.kind in _NAMED and (not isinstance(own, str) or own.partition(":")[0] != name):
-        raise PluginError(
-            f"{_owned(lookup, name)}: its name is {shown(own)}, and the contract says that of the entry, {name!r}; "
-            "correct the plugin"
-        )
+    if not isinstance(own, str) or own.partition(":")[0] != name.partition(":")[0]:
+        raise wrong(f"{noun} '{name}'", "its name", shown(own), f"the name of its entry, {name!r}", verb="is")
     return found
 
 
-def _odd_attribute(lookup: Lookup[Any], name: str, found: Any) -> str | None:
-    """Return what is wrong with an attribute that only some kinds have."""
-    if lookup.kind == "context_schemes" and not isinstance(getattr(found, "splits_rows", None), bool):
-        return f"its splits_rows is {shown(getattr(found, 'splits_rows', None))}, and the contract says True or False"
-    if lookup.kind != "parallel_adapters":
-        return None
-    axes, entry = getattr(found, "axes", None), lookup.get(name).axes
-    if not isinstance(axes, tuple) or set(axes) != set(entry):
-        return f"its axes are {shown(axes)}, and the contract says those of its entry, {', '.join(entry)}"
-    if not isinstance(getattr(found, "phase", None), Phase):
-        return f"its phase is {shown(getattr(found, 'phase', None))}, and the contract says one of Phase"
-    return None
-
-
-def _owned(lookup: Lookup[Any], name: str) -> str:
-    return f"{lookup.noun} '{name}' of plugin {lookup.owner(name).label}"
+def tracker(name: str, found: Any) -> Any:
+    """Return what the target of a tracker gave for a run directory."""
+    if not all(callable(getattr(found, method, None)) for method in ("log", "close")):
+        raise wrong(f"tracker '{name}'", "its target", shown(found), "an object with log and close")
+    return found
 
 
 def refusal(who: str, method: str, answer: object) -> str | None:
@@ -183,6 +125,17 @@ def check_batch(adapter: ParallelAdapter, before: Batch, after: object) -> None:
             raise wrong(who, "shard_batch", f"{field} {shown(new)}", says)
 
 
+def check_adapter(adapter: Any, entries: Iterable[ParallelAdapterEntry]) -> None:
+    """Compare the attributes of an adapter with what its entry says."""
+    axes = {entry.name: entry.axes for entry in entries}
+    named("parallel adapter", adapter.name if adapter.name in axes else type(adapter).__name__, adapter)
+    who, entry = adapter_named(adapter), axes[adapter.name]
+    if not isinstance(adapter.axes, tuple) or set(adapter.axes) != set(entry):
+        raise wrong(who, "its axes", shown(adapter.axes), f"those of its entry, {shown(entry)}", verb="is")
+    if not isinstance(adapter.phase, Phase):
+        raise wrong(who, "its phase", shown(adapter.phase), "one of Phase", verb="is")
+
+
 def check_order(adapter: Any, answer: Any) -> Any:
     """Return the order of forward and backward that an adapter gives."""
     methods = ("run", "repeated", "whole_norm")
@@ -193,7 +146,7 @@ def check_order(adapter: Any, answer: Any) -> Any:
 
 def adapter_named(adapter: Any) -> str:
     """Return what errors call an adapter."""
-    return f"parallel adapter '{adapter.name}'"
+    return f"parallel adapter '{getattr(adapter, 'name', type(adapter).__name__)}'"
 
 
 def saved_bytes(policy: MemoryPolicy, config: ModelConfig, tokens: int, bytes_per_value: int) -> int:

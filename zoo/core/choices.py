@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from zoo.core.answers import made, refusal, saved_bytes
+from zoo.core.answers import named, refusal, saved_bytes
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
@@ -34,13 +34,13 @@ def choose_attention(
     """
     wanted = job.attention.backend
     if wanted != "auto":
-        backend: AttentionBackend = made(registry.attention, wanted)
+        backend: AttentionBackend = registry.attention.load(wanted)()
         objection = _objection(backend, problems)
         if objection is not None:
             raise UsageError(f"--attn {wanted} cannot run this job: {objection}. --attn auto chooses one that can")
-        return backend, f"{wanted} (asked for)"
+        return named("attention backend", wanted, backend), f"{wanted} (asked for)"
     backends: dict[str, AttentionBackend] = {
-        name: made(registry.attention, name) for name in registry.attention.names()
+        name: registry.attention.load(name)() for name in registry.attention.names()
     }
     reasons = {name: _objection(backend, problems) for name, backend in backends.items()}
     able = _able(reasons)
@@ -76,8 +76,10 @@ def choose_policy(
     """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
     wanted = job.memory.policy
     if wanted != "auto":
-        return made(registry.memory_policies, wanted), f"{wanted} (asked for)"
-    policies: dict[str, MemoryPolicy] = {n: made(registry.memory_policies, n) for n in registry.memory_policies.names()}
+        return named("memory policy", wanted, registry.memory_policies.load(wanted)()), f"{wanted} (asked for)"
+    policies: dict[str, MemoryPolicy] = {
+        n: registry.memory_policies.load(n)() for n in registry.memory_policies.names()
+    }
     if not policies:
         raise UsageError("no plugin provides a memory policy; see `zoo plugins`")
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
@@ -85,7 +87,7 @@ def choose_policy(
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
     name = registry.select_memory_policy(saved, budget, list(policies)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
-    return policies[name], f"{name}: {gib}"
+    return named("memory policy", name, policies[name]), f"{name}: {gib}"
 
 
 def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> str:
@@ -123,4 +125,4 @@ def _chosen(
     ]
     chooser = [f"chosen by plugin {by.label}"] if decided and by else []
     aside = "; ".join([*chooser, *others])
-    return options[name], f"{name}{f' ({aside})' if aside else ''}"
+    return named("attention backend", name, options[name]), f"{name}{f' ({aside})' if aside else ''}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zoo.core.answers import made, refusal
+from zoo.core.answers import named, refusal
 from zoo.core.attention.answers import check_cover
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
@@ -43,7 +43,7 @@ def choose_schemes(job: Job, registry: Registry, request: LayoutRequest) -> tupl
         if wanted == "auto":
             scheme, why = _choose(job, registry, request, window)
         else:
-            scheme, why = _asked_for(registry, request, wanted, degree), "asked for"
+            scheme, why = named("context scheme", wanted, _asked_for(registry, request, wanted, degree)), "asked for"
         mask = Mask.whole(request.seq, causal=job.attention.mask != "full").with_window(window)
         check_cover(scheme, mask, degree, request.problem.heads)
         schemes |= dict.fromkeys(windows, scheme)
@@ -111,14 +111,12 @@ def rates(problem: AttentionProblem, degree: int, wire: str | None) -> Rates:
 def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
     """A scheme by `name` or `name:argument`. Raises UsageError if it takes no argument."""
     name, colon, argument = wanted.partition(":")
-    scheme: ContextScheme
+    target: Callable[..., ContextScheme] = registry.context_schemes.load(name)
     if not colon:
-        scheme = made(registry.context_schemes, name)
-        return scheme
-    if not inspect.signature(registry.context_schemes.load(name)).parameters:
+        return target()
+    if not inspect.signature(target).parameters:
         raise UsageError(f"--cp-scheme {wanted}: {name} takes nothing after its name; type --cp-scheme {name}")
-    scheme = made(registry.context_schemes, name, argument)
-    return scheme
+    return target(argument)
 
 
 def forecasts(
@@ -179,7 +177,7 @@ def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | 
     said += [f"{other} {describe(costs[other])}" for other in others]
     said += [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason is not None]
     chosen = f"chosen by plugin {by.label}; " if by else ""
-    return schemes[name], chosen + "; ".join(said)
+    return named("context scheme", name, schemes[name]), chosen + "; ".join(said)
 
 
 def describe(cost: Forecast) -> str:

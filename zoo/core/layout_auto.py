@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from zoo.core.answers import made, saved_bytes
+from zoo.core.answers import saved_bytes
 from zoo.core.contracts import MemoryPolicy
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.job import Job, LayoutSection
@@ -195,7 +195,7 @@ class _Search:
     def _policies(self) -> Sequence[MemoryPolicy]:
         registry, wanted = self.case.registry, self.job.memory.policy
         names = registry.memory_policies.names() if wanted == "auto" else [wanted]
-        return [made(registry.memory_policies, name) for name in names]
+        return [registry.memory_policies.load(name)() for name in names]
 
     def reasons(self, chosen: Degrees) -> Notes:
         """A line on each axis, with the numbers that decided."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.core.answers import adapter_named, applies, made, refusal, whole_parts
+from zoo.core.answers import adapter_named, applies, check_adapter, refusal, whole_parts
 from zoo.core.choices import choose_data_parallel
 from zoo.core.context_choice import able_schemes
 from zoo.core.contracts import (
@@ -98,7 +98,8 @@ class LayoutCase:
         return dict(Counter(self.told.windows))
 
     def on(self, machine: Machine) -> LayoutCase:
-        """The same on another machine; what is known of the model stays known."""
+        """The same on another machine; the model is looked at once for all of them."""
+        _ = self.told
         other = replace(self, machine=machine)
         vars(other).update({name: value for name, value in vars(self).items() if name != "machine"})
         return other
@@ -200,8 +201,7 @@ class LayoutCase:
 
     @cached_property
     def _every_adapter(self) -> list[ParallelAdapter]:
-        adapters = self.registry.parallel_adapters
-        return [made(adapters, name) for name in adapters.names()]
+        return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
 
     def _applying(self, degrees: Mapping[str, int], setup: Setup) -> list[ParallelAdapter]:
         return [adapter for adapter in self._every_adapter if applies(adapter, adapter.applies(degrees, setup))]
@@ -218,6 +218,7 @@ class LayoutCase:
         adapters = self._applying(request.degrees, setup)
         _check_applied(request.degrees, adapters, setup)
         for adapter in adapters:
+            check_adapter(adapter, self.registry.parallel_adapters)
             objection = refusal(adapter_named(adapter), "check", adapter.check(request))
             if objection is not None:
                 raise LayoutError(objection)

@@ -24,10 +24,10 @@ from zoo.core.contracts import (
     SeamName,
     TensorStyle,
 )
-from zoo.core.errors import PluginError, UsageError
+from zoo.core.errors import PluginError
 from zoo.core.lookup import Lookup
 from zoo.core.rules import Piece, RuleBook, Shape
-from zoo.core.seams import find
+from zoo.core.seams import find, matches
 from zoo.core.suggest import did_you_mean
 
 OWN_METRICS = frozenset(
@@ -139,14 +139,16 @@ def _plan(spec: ModelSpec, config: Any, model: nn.Module) -> ParallelPlan:
     _check_words(who, "seam", plan.seams, get_args(SeamName))
     if "attention" not in plan.seams:
         raise wrong(who, "plan", "no seam 'attention'", "one, for that is where zoo puts attention")
+    # Walking a model takes longer than comparing its names.
+    names = [name for name, _ in model.named_modules()]
     for glob in (plan.block, *plan.first, *plan.last, *plan.expert):
-        _found(who, model, glob)
+        _found(who, names, glob)
     for glob, style in plan.tensor.items():
-        for name in _found(who, model, glob):
+        for name in _found(who, names, glob):
             if style in _WITH_WEIGHT and not isinstance(getattr(model.get_submodule(name), "weight", None), Tensor):
                 raise wrong(who, "plan", f"{glob!r} as {style!r}", f"modules with a weight, and {name} has none")
     for seam, glob in plan.seams.items():
-        for name in _found(who, model, glob):
+        for name in _found(who, names, glob):
             if any(True for _ in model.get_submodule(name).parameters()):
                 raise wrong(
                     who, "plan", f"{glob!r} as seam {seam!r}", f"modules without parameters, and {name} has some"
@@ -162,13 +164,13 @@ def _check_words(who: str, what: str, given: Iterable[str], known: Sequence[str]
             raise wrong(who, "plan", f"the {what} {shown(word)}", says)
 
 
-def _found(who: str, model: nn.Module, glob: object) -> list[str]:
+def _found(who: str, names: Sequence[str], glob: object) -> list[str]:
     if not isinstance(glob, str):
         raise wrong(who, "plan", f"the glob {shown(glob)}", "a text such as 'model.layers.*'")
-    try:
-        return find(model, glob)
-    except UsageError as error:
-        raise wrong(who, "plan", f"the glob '{glob}'", f"one that matches a module; {error}") from None
+    found = [name for name in names if matches(name, glob)]
+    if not found:
+        raise wrong(who, "plan", f"the glob '{glob}'", "globs that match a module each, and it matches none")
+    return found
 
 
 def _of_layers(
@@ -226,18 +228,18 @@ def check_kv_heads(spec: ModelSpec, entry: ModelEntry, size: str, config: Any) -
 
 def checked_rules(spec: ModelSpec, rules: Any, shapes: Mapping[str, Shape]) -> RuleBook:
     """Apply a family's rules to the shapes of its parameters: each of ours and of the hub's is there exactly once."""
-    who, says = _family(spec.name), "rules that use every tensor of ours and of the hub's once"
+    says = "rules that use every tensor of ours and of the hub's once"
     if not isinstance(rules, Sequence) or not all(hasattr(rule, "ours") and hasattr(rule, "pieces") for rule in rules):
-        raise wrong(who, "rules", shown(rules), "a tuple of rules, which have ours and pieces")
+        raise wrong(_family(spec.name), "rules", shown(rules), "a tuple of rules, which have ours and pieces")
     try:
         book = RuleBook(rules, shapes)
         _ = book.hub
     except ValueError as error:
-        raise wrong(who, "rules", "what does not fit its model", f"{says}; {error}") from error
+        raise wrong(_family(spec.name), "rules", "what does not fit its model", f"{says}; {error}") from error
     for name, shape in shapes.items():
         if not _fills(book.pieces[name], shape):
             boxes = ", ".join(f"{list(piece.shape)} at {list(piece.start)}" for piece in book.pieces[name][:3])
-            raise wrong(who, "rules", f"pieces {boxes} for {name} {list(shape)}", says)
+            raise wrong(_family(spec.name), "rules", f"pieces {boxes} for {name} {list(shape)}", says)
     return book
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from zoo.core.answers import called, sample_arrays
+from zoo.core.answers import sample_arrays
 from zoo.core.contracts import DataFormat, Record
 from zoo.core.errors import DataError, UsageError, ZooError, one_line
 from zoo.core.packing import OVERLONG, Document, Overlong
@@ -96,7 +96,7 @@ class Samples:
             entry = self._registry.data_formats.get(name)
             check_choice(f"'overlong' of data format {name}", entry.overlong, OVERLONG)
             chosen = cast(Overlong, self._overlong or entry.overlong)
-            self._formats[name] = (called(self._registry.data_formats, name), chosen)
+            self._formats[name] = (self._registry.data_formats.load(name), chosen)
         return self._formats[name]
 
 

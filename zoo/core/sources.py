@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from zoo.core.answers import loaded, located, opened
+from zoo.core.answers import located, opened
 from zoo.core.contracts import Converter, HubCheckpoint, ModelEntry, ModelSpec
 from zoo.core.device import accelerator_type
 from zoo.core.errors import DataError, UsageError
@@ -94,7 +94,7 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
 def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
     """A checkpoint by hub id or directory, in any form a plugin reads. Raises UsageError or DataError."""
     for name in registry.converters.names():
-        converter: Converter = loaded(registry.converters, name)
+        converter: Converter = registry.converters.load(name)
         path = located(converter, source)
         if path is not None:
             return opened(converter, path)

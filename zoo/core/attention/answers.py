@@ -100,12 +100,15 @@ def check_cover(scheme: ContextScheme, mask: Mask, degree: int, heads: HeadShape
 
     A plan that misses keys, or sees some twice, gives other numbers than one rank would, and nothing else shows it.
     """
+    who, visible = f"context scheme '{scheme.name}'", mask.area * heads.num_heads
+    splits_rows: object = getattr(scheme, "splits_rows", None)
+    if not isinstance(splits_rows, bool):
+        raise wrong(who, "its splits_rows", shown(splits_rows), "True or False", verb="is")
     if degree > _PROBED_RANKS:
         return
     layout = SequenceLayout.contiguous(mask.length, degree)
     plans = [scheme.plan(mask, layout, rank, heads) for rank in range(degree)]
     stages = [stages_of(scheme, plan, 2, 4) for plan in plans]
-    who, visible = f"context scheme '{scheme.name}'", mask.area * heads.num_heads
     for way, name in enumerate(("forward", "backward")):
         if len({len(ways[way]) for ways in stages}) > 1:
             counts = ", ".join(str(len(ways[way])) for ways in stages)
