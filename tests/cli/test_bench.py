@@ -196,4 +196,6 @@ class Bad:
 
     def forward(self, *arguments):
         raise ArithmeticError("no more numbers")
+
+    backward = forward
 """

@@ -16,6 +16,7 @@ from zoo.core.errors import PluginError, UsageError
 from zoo.core.job import Job, LayoutSection
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
+from zoo.plugins.attention.dense import Dense
 
 HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
 BUILT_IN = ("ring", "allgather", "ulysses", "hybrid", "halo")
@@ -279,7 +280,8 @@ def test_more_ranks_than_tokens_is_the_adapters_to_refuse(registry):
 def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
     """One K/V head cannot be dealt out over ranks by a scheme that says so, whatever other layers have."""
     picky = (
-        "class Picky:\n    name = 'picky'\n    splits_rows = True\n"
+        "from zoo.plugins.context.ring import Ring\n"
+        "class Picky(Ring):\n    name = 'picky'\n"
         "    def check(self, problem, length, degree): return 'one K/V head' if problem.num_kv_heads == 1 else None\n"
         "@hookimpl\ndef zoo_register_context_schemes():\n"
         "    return [ContextSchemeEntry(name='picky', target='zoo_picky:Picky')]\n"
@@ -296,12 +298,14 @@ def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
 
 
 def test_a_kernel_must_compute_the_heads_of_every_layer():
-    class Picky:
+    class Picky(Dense):
+        name = "picky"
+
         def supports(self, problem):
             return "odd heads" if problem.num_kv_heads == 1 else None
 
     class Found:
-        attention = SimpleNamespace(load=lambda _name: Picky, names=lambda: ["picky"])
+        attention = SimpleNamespace(kind="attention", load=lambda _name: Picky, names=lambda: ["picky"])
 
     problem = _layout().problems[0]
     one = problem.of(HeadShape(num_heads=8, num_kv_heads=1, head_dim=64))

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from zoo.core.batch import Row, collate
-from zoo.core.contracts import Losses
+from zoo.core.contracts import Layout, Losses, ParallelAdapter
 from zoo.core.forward_backward import Counts
 from zoo.core.order import forward_backward
 from zoo.core.step import TrainState, train_step
 
 LENGTH = 6
+LAYOUT = Layout(seq=LENGTH, dtype="float64")
 
 
 class Counting(nn.Module):
@@ -58,12 +59,12 @@ def test_microbatches_do_not_matter(split):
 
 
 def test_adapters_that_listen_are_told_which_microbatch_is_the_last():
-    class Listening:
+    class Listening(ParallelAdapter):
         def begin_microbatch(self, model, *, last):
             told.append((model, last))
 
     told, model = [], Counting()
-    stepped = forward_backward(model, None, mesh=None, setup=None, adapters=[object(), Listening()])
+    stepped = forward_backward(model, None, mesh=None, layout=LAYOUT, adapters=[ParallelAdapter(), Listening()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, lambda _step: 1.0, lr=0.1, clip=0.0, forward_backward=stepped)
     for _ in range(2):

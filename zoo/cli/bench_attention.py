@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from zoo.cli.session import Session
+from zoo.core.answers import refusal
 from zoo.core.attention.forecast import Rates
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.mask_text import MaskWords
@@ -15,11 +16,12 @@ from zoo.core.attention.row_layout import BALANCES
 from zoo.core.attention.survey import Figures, survey
 from zoo.core.choices import choose_attention
 from zoo.core.context_choice import load_scheme, rates
-from zoo.core.contracts import AttentionProblem, ContextScheme, HeadShape, ModelSpec
+from zoo.core.contracts import AttentionProblem, ContextScheme, HeadShape
 from zoo.core.device import accelerator_type, num_accelerators, num_cores
 from zoo.core.errors import UsageError
 from zoo.core.job import Job
 from zoo.core.launch import inside_launcher
+from zoo.core.model_answers import loaded_spec, parsed
 from zoo.core.registry import Registry
 from zoo.core.suggest import did_you_mean
 from zoo.core.units import format_tokens, parse_tokens
@@ -190,8 +192,8 @@ def _model_shape(registry: Registry, model: str, size: str | None) -> tuple[str,
     if size not in entry.sizes:
         hint = did_you_mean(size, entry.sizes)
         raise UsageError(f"{model} has no size '{size}'{f' ({hint})' if hint else ''}. Sizes: {', '.join(entry.sizes)}")
-    spec: ModelSpec = registry.models.load(model)
-    config = spec.parse(entry.sizes[size])
+    spec = loaded_spec(registry.models, model)
+    config = parsed(spec, entry.sizes[size])
     ((shape, _),) = Counter(spec.heads(config)).most_common(1)
     return f"{model} {size}", shape
 
@@ -218,7 +220,10 @@ def _able(
     schemes: dict[str, ContextScheme], problem: AttentionProblem, length: int, degree: int
 ) -> tuple[dict[str, ContextScheme], dict[str, str]]:
     """The schemes that can, and the reasons of those that cannot."""
-    reasons = {name: scheme.check(problem, length, degree) for name, scheme in schemes.items()}
+    reasons = {
+        name: refusal(f"context scheme '{scheme.name}'", "check", scheme.check(problem, length, degree))
+        for name, scheme in schemes.items()
+    }
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     return {name: scheme for name, scheme in schemes.items() if name not in refused}, refused
 

@@ -14,6 +14,7 @@ from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
 from zoo.core.finished import require_intact
 from zoo.core.inventory import IGNORABLE, checked_book
+from zoo.core.model_answers import loaded_spec, parsed
 from zoo.core.sources import family_of, open_checkpoint
 from zoo.core.units import format_duration
 
@@ -36,8 +37,8 @@ class Opened:
 def open_checked(source: str, registry: Registry) -> Opened:
     """Find, open and check a checkpoint: hub id, directory, run. Raises UsageError, PluginError or DataError."""
     checkpoint = open_checkpoint(source, registry)
-    spec: ModelSpec = registry.models.load(family_of(checkpoint, source, registry))
-    config = spec.parse(checkpoint.config)
+    spec = loaded_spec(registry.models, family_of(checkpoint, source, registry))
+    config = parsed(spec, checkpoint.config)
     book = checked_book(checkpoint, spec, config)
     tensors = checkpoint.tensors if checkpoint.own_names else book.to_ours(checkpoint.tensors)
     return Opened(checkpoint=checkpoint, spec=spec, config=config, tensors=tensors)

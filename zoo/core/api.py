@@ -16,7 +16,6 @@ import torch
 from zoo.core import finished, weights
 from zoo.core.agreement import agreed
 from zoo.core.cluster import fill_nodes
-from zoo.core.contracts import ModelSpec
 from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError, one_line
 from zoo.core.flags import from_flags
@@ -29,6 +28,7 @@ from zoo.core.launcher_env import OuterRank
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
+from zoo.core.model_answers import built, loaded_spec, parsed
 from zoo.core.plugins import Plugins
 from zoo.core.preflight import check_start
 from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
@@ -55,12 +55,12 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     finished.require_intact(opened)
     if opened.own_names and opened.checksums is None:
         warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
-    spec: ModelSpec = registry.models.load(family_of(opened, str(path), registry))
-    config = spec.parse(opened.config)
+    spec = loaded_spec(registry.models, family_of(opened, str(path), registry))
+    config = parsed(spec, opened.config)
     book = checked_book(opened, spec, config)
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
     with torch.device("meta"):
-        model: nn.Module = spec.build(config).to(getattr(torch, dtype or stored))
+        model: nn.Module = built(spec, config).to(getattr(torch, dtype or stored))
     weights.allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
     rules = () if opened.own_names else book.rules

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from zoo.core.answers import named, refusal, saved_bytes
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
@@ -34,14 +35,14 @@ def choose_attention(
     wanted = job.attention.backend
     if wanted != "auto":
         backend: AttentionBackend = registry.attention.load(wanted)()
-        reason = first_reason(map(backend.supports, problems))
-        if reason is not None:
-            raise UsageError(f"--attn {wanted} cannot run this job: {reason}. --attn auto chooses one that can")
-        return backend, f"{wanted} (asked for)"
+        objection = _objection(backend, problems)
+        if objection is not None:
+            raise UsageError(f"--attn {wanted} cannot run this job: {objection}. --attn auto chooses one that can")
+        return named("attention backend", wanted, backend), f"{wanted} (asked for)"
     backends: dict[str, AttentionBackend] = {
         name: registry.attention.load(name)() for name in registry.attention.names()
     }
-    reasons = {name: first_reason(map(backend.supports, problems)) for name, backend in backends.items()}
+    reasons = {name: _objection(backend, problems) for name, backend in backends.items()}
     able = _able(reasons)
     if not able:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -75,18 +76,18 @@ def choose_policy(
     """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
     wanted = job.memory.policy
     if wanted != "auto":
-        return registry.memory_policies.load(wanted)(), f"{wanted} (asked for)"
+        return named("memory policy", wanted, registry.memory_policies.load(wanted)()), f"{wanted} (asked for)"
     policies: dict[str, MemoryPolicy] = {
         n: registry.memory_policies.load(n)() for n in registry.memory_policies.names()
     }
     if not policies:
         raise UsageError("no plugin provides a memory policy; see `zoo plugins`")
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
-    saved = {name: policy.saved_bytes(config, tokens, BYTES[dtype]) for name, policy in policies.items()}
+    saved = {name: saved_bytes(policy, config, tokens, BYTES[dtype]) for name, policy in policies.items()}
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
     name = registry.select_memory_policy(saved, budget, list(policies)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
-    return policies[name], f"{name}: {gib}"
+    return named("memory policy", name, policies[name]), f"{name}: {gib}"
 
 
 def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> str:
@@ -100,6 +101,12 @@ def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> st
 def first_reason(reasons: Iterable[str | None]) -> str | None:
     """The first reason why not, None if there is none."""
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _objection(backend: AttentionBackend, problems: Sequence[AttentionProblem]) -> str | None:
+    """Return why a backend cannot compute every problem; None if it can."""
+    who = f"attention backend '{backend.name}'"
+    return first_reason(refusal(who, "supports", backend.supports(problem)) for problem in problems)
 
 
 def _able(reasons: Mapping[str, str | None]) -> list[str]:
@@ -118,4 +125,4 @@ def _chosen(
     ]
     chooser = [f"chosen by plugin {by.label}"] if decided and by else []
     aside = "; ".join([*chooser, *others])
-    return options[name], f"{name}{f' ({aside})' if aside else ''}"
+    return named("attention backend", name, options[name]), f"{name}{f' ({aside})' if aside else ''}"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from zoo.core.answers import named, refusal
+from zoo.core.attention.answers import check_cover
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.row_layout import row_layout
@@ -43,7 +45,9 @@ def choose_schemes(
         if wanted == "auto":
             scheme, why = _choose(registry, layout, mask, window)
         else:
-            scheme, why = _asked_for(registry, layout, wanted, degree), "asked for"
+            scheme, why = named("context scheme", wanted, _asked_for(registry, layout, wanted, degree)), "asked for"
+        seen = Mask.whole(layout.seq, causal=mask != "full").with_window(window)
+        check_cover(scheme, seen, degree, layout.problems[0].heads)
         schemes |= dict.fromkeys(windows, scheme)
         kind = f" of window {', '.join(map(str, windows))}" if window is not None else ""
         where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(layout.model.windows) > 1 or kind else ""
@@ -154,7 +158,8 @@ def _asked_for(registry: Registry, layout: Layout, wanted: str, degree: int) -> 
 def _reason(scheme: ContextScheme, layout: Layout) -> str | None:
     """Why it cannot carry every kind of layer; None if it can."""
     degree = layout.degrees.cp
-    return first_reason(scheme.check(problem, layout.seq, degree) for problem in layout.problems)
+    who = f"context scheme '{scheme.name}'"
+    return first_reason(refusal(who, "check", scheme.check(problem, layout.seq, degree)) for problem in layout.problems)
 
 
 def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -> tuple[ContextScheme, str]:
@@ -172,7 +177,7 @@ def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -
     said += [f"{other} {describe(costs[other])}" for other in others]
     said += [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason is not None]
     chosen = f"chosen by plugin {by.label}; " if by else ""
-    return schemes[name], chosen + "; ".join(said)
+    return named("context scheme", name, schemes[name]), chosen + "; ".join(said)
 
 
 def describe(cost: Forecast) -> str:

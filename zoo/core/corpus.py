@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.core.answers import check_record
 from zoo.core.contracts import DataSource, Record
 
 BLOCK_RECORDS = 256
@@ -71,10 +72,20 @@ class Corpus:
         order = self.order(epoch)
         for shard in range(start.shard, len(order)):
             at = start if shard == start.shard else Place(shard, 0)
-            for record, offset in self.source.read(order[shard], at.offset):
+            for record, offset in read_shard(self.source, order[shard], at.offset):
                 after = Place(shard, offset)
                 yield Found(record, at, after)
                 at = after
+
+
+def read_shard(source: DataSource, shard: str, offset: int) -> Iterator[tuple[Record, int]]:
+    """Records of a shard from an offset on, the first of them looked at."""
+    found = iter(source.read(shard, offset))
+    first = next(found, None)
+    if first is not None:
+        check_record(source, offset, first)
+        yield first
+        yield from found
 
 
 def shuffled(count: int, *key: int) -> list[int]:

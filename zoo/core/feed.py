@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from zoo.core.answers import check_batch
 from zoo.core.batch import Batch, Row, collate, row_mask
 from zoo.core.contracts import Layout, ParallelAdapter
 from zoo.core.degrees import PEER_AXES
@@ -75,6 +76,7 @@ class Feed:
         self.mask = mask
         self.windows = layout.model.windows or {None: 1}
         self._left = steps
+        self._looked = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         per_rank = layout.microbatches * layout.micro_batch
         first = (mesh.rank("dp_replicate") * layout.degrees.dp_shard + mesh.rank("dp_shard")) * per_rank
@@ -149,7 +151,10 @@ class Feed:
     def _batch(self, rows: Sequence[Row]) -> Batch:
         batch = collate(rows, mask=self.mask)
         for adapter in self.adapters:
-            batch = adapter.shard_batch(batch, self.mesh, self.layout)
+            before, batch = batch, adapter.shard_batch(batch, self.mesh, self.layout)
+            if not self._looked:
+                check_batch(adapter, before, batch)
+        self._looked = True
         return batch
 
     def _share(self, message: Any) -> Any:

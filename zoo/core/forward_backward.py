@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.core.batch import Batch
 from zoo.core.contracts import Losses
+from zoo.core.model_answers import check_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,14 @@ class ForwardBackward(Protocol):
 class OneByOne:
     """Each microbatch forward and backward, one after another."""
 
-    def __init__(self, begin_microbatch: Callable[[bool], None] = lambda _last: None) -> None:
-        """`begin_microbatch` is told before each whether it is the step's last: sums over ranks may wait until then."""
+    def __init__(self, begin_microbatch: Callable[[bool], None] = lambda _last: None, *, family: str = "") -> None:
+        """`begin_microbatch` is told before each whether it is the step's last: sums over ranks may wait until then.
+
+        `family` is the model's, for messages.
+        """
         self._begin_microbatch = begin_microbatch
+        self._family = family
+        self._looked = False
 
     def run(self, model: nn.Module, batches: Sequence[Batch], counts: Counts) -> Sums:
         """As `ForwardBackward.run`."""
@@ -75,6 +81,9 @@ class OneByOne:
         for batch in batches:
             self._begin_microbatch(batch is batches[-1])
             losses = as_losses(model(batch.tokens, batch.positions, batch.mask, batch.labels))
+            if not self._looked:
+                check_losses(self._family, model, losses, batch.tokens.device)
+                self._looked = True
             loss = counts.loss(losses, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             sums.add_loss(loss)

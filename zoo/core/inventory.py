@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.core.contracts import BlockShape, HubCheckpoint, ModelFacts, ModelSpec, ParallelPlan, TensorSource
 from zoo.core.errors import DataError
 from zoo.core.misfit import why_names_differ
+from zoo.core.model_answers import built, checked_rules, told
 from zoo.core.plan import CUT_STYLES
 from zoo.core.rules import Index, Rule, RuleBook, Shape, row_blocks, whole
 from zoo.core.seams import find_modules, matches
@@ -44,7 +45,8 @@ def rule_book(
     the one of this config, where there is one already.
     """
     shapes = {name: tuple(p.shape) for name, p in (model or meta_model(spec, config)).named_parameters()}
-    books = [RuleBook(rules, shapes) for rules in (spec.rules(config), *(spec.forms(config) if source else ()))]
+    forms = (spec.rules(config), *(spec.forms(config) if source else ()))
+    books = [checked_rules(spec, rules, shapes) for rules in forms]
     if source is None or len(books) == 1:
         return books[0]
     names = set(source.names())
@@ -132,16 +134,17 @@ def _other_settings(source: TensorSource, spec: ModelSpec, config: Any) -> Itera
 
 def model_facts(name: str, spec: ModelSpec, config: Any) -> ModelFacts:
     """Return what a layout must know of a model; nothing is allocated. Raises UsageError if a glob matches nothing."""
-    model, plan = meta_model(spec, config), spec.plan(config)
+    model = meta_model(spec, config)
+    said = told(spec, config, model)
+    plan = said.plan
     blocks, last_values = block_shapes(model, plan)
-    heads = tuple(spec.heads(config))
-    head_dims = {of_layer.head_dim for of_layer in heads}
+    head_dims = {heads.head_dim for heads in said.heads}
     return ModelFacts(
         name=name,
         config=config,
-        layer_heads=heads,
-        layer_windows=tuple(spec.windows(config)),
-        experts=spec.experts(config),
+        layer_heads=said.heads,
+        layer_windows=said.windows,
+        experts=said.experts,
         widths=cut_widths(spec, config, model=model),
         style_objection=style_objection(model, plan, name=name, hidden_size=config.hidden_size, head_dims=head_dims),
         unnamed_module=unnamed_module(model, plan),
@@ -213,7 +216,7 @@ def rules_for(spec: ModelSpec, config: Any, source: TensorSource) -> tuple[Rule,
 def meta_model(spec: ModelSpec, config: Any) -> nn.Module:
     """The model without storage."""
     with torch.device("meta"), _NoValues():
-        return spec.build(config)
+        return built(spec, config)
 
 
 class _NoValues(TorchFunctionMode):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from zoo.core.answers import saved_bytes
 from zoo.core.contracts import MemoryPolicy
 from zoo.core.degrees import AXES, Degrees
 from zoo.core.errors import FitError, LayoutError
@@ -247,7 +248,7 @@ def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Sequence[Mem
     config = layout.model.config
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
     per_rank = -(-tokens // (degrees.tp if layout.settings.sequence_parallel else 1))
-    saved = min((policy.saved_bytes(config, per_rank, value) for policy in policies), default=0)
+    saved = min((saved_bytes(policy, config, per_rank, value) for policy in policies), default=0)
     # A stage has its part of the blocks, and as many microbatches in flight as there are stages.
     head = config.vocab_size * config.hidden_size / degrees.tp
     logits = 4 * min(tokens * config.vocab_size / degrees.tp, 1 << 27) + 4 * head

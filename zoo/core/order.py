@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zoo.core import weights
+from zoo.core.answers import adapter_named, changed, check_order
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts import AttentionBackend, Layout, MemoryPolicy, ModelSpec, ParallelAdapter, ParallelPlan, Phase
 from zoo.core.forward_backward import Completed, ForwardBackward, OneByOne
@@ -40,9 +41,11 @@ def build(
         find_modules(model, glob)
     replace_modules(model, plan.seams["attention"], lambda old: _seam(old, backend), owner="core")
     steps: list[tuple[Phase, str, Any]] = [
-        (adapter.phase, adapter.name, lambda m, a=adapter: a.apply(m, plan, mesh, layout)) for adapter in adapters
+        (adapter.phase, adapter.name, lambda m, a=adapter: changed(adapter_named(a), a.apply(m, plan, mesh, layout)))
+        for adapter in adapters
     ]
-    steps.append((Phase.RECOMPUTE, policy.name, lambda m: policy.apply(m, plan)))
+    who = f"memory policy '{policy.name}'"
+    steps.append((Phase.RECOMPUTE, policy.name, lambda m: changed(who, policy.apply(m, plan))))
     for _phase, _name, apply in sorted(steps, key=lambda step: step[:2]):
         model = apply(model)
     weights.allocate(model, device)
@@ -57,8 +60,8 @@ def forward_backward(
 
     Whatever the order, every adapter completes its gradients at the end of the step.
     """
-    orders = (adapter.forward_backward(model, plan, mesh, layout) for adapter in adapters)
-    order = next((order for order in orders if order is not None), None)
+    orders = ((adapter, adapter.forward_backward(model, plan, mesh, layout)) for adapter in adapters)
+    order = next((check_order(adapter, order) for adapter, order in orders if order is not None), None)
 
     def begin_microbatch(last: bool) -> None:
         for adapter in adapters:
@@ -68,7 +71,7 @@ def forward_backward(
         for adapter in adapters:
             adapter.complete_gradients(model, plan, mesh, layout)
 
-    return Completed(order or OneByOne(begin_microbatch), complete_gradients)
+    return Completed(order or OneByOne(begin_microbatch, family=layout.model.name), complete_gradients)
 
 
 def _seam(core: nn.Module, backend: AttentionBackend) -> AttentionSeam:

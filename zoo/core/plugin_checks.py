@@ -151,7 +151,26 @@ def _check_model(entry: ModelEntry) -> None:
         raise PluginProblem(f"model '{entry.name}' has sizes that do not map a name to the fields of a config.json")
     if entry.default_size not in sizes:
         raise PluginProblem(f"model '{entry.name}' has no size '{entry.default_size}', its default_size")
-    for field, named in (("hub_ids", entry.hub_ids), ("embedded", entry.embedded), ("recipes", entry.recipes)):
+    for field in ("hub_ids", "embedded", "recipes", "parameters", "kv_heads"):
+        named = getattr(entry, field)
+        if not isinstance(named, Mapping):
+            raise PluginProblem(f"model '{entry.name}' has {field} that do not map the name of a size to anything")
         unknown = sorted(set(named) - set(sizes))
         if unknown:
             raise PluginProblem(f"model '{entry.name}' has no size '{unknown[0]}', which its {field} names")
+    for size, number in entry.parameters.items():
+        if not _is_count(number):
+            raise PluginProblem(
+                f"model '{entry.name}' has {number!r} parameters at size '{size}': write an int above 0"
+            )
+    for size, heads in entry.kv_heads.items():
+        most = sizes[size].get("num_hidden_layers", len(heads))
+        if not all(map(_is_count, heads)) or len(heads) > most:
+            raise PluginProblem(
+                f"model '{entry.name}' has kv_heads {list(heads)} at size '{size}': write an int above 0 for each "
+                f"attention layer, at most {most}"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

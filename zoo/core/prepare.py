@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from zoo.core.answers import check_fields, wrong
 from zoo.core.attention.row_layout import BALANCES
 from zoo.core.batch import MASKS
 from zoo.core.choices import choose_attention, choose_policy, describe_layout
@@ -25,11 +26,13 @@ from zoo.core.contracts import (
 )
 from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type
-from zoo.core.errors import UsageError
+from zoo.core.errors import DataError, UsageError
 from zoo.core.inventory import model_facts
 from zoo.core.job import Job, Settings
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
+from zoo.core.model_answers import overridden, parsed
+from zoo.core.plugins import PluginStatus
 from zoo.core.published import Trained, generation_ends, hub_files
 from zoo.core.registry import Registry
 from zoo.core.resolve import Resolver
@@ -144,6 +147,7 @@ class Prepared:
             seed=data.seed,
             overlong=data.overlong,
             loss_on=data.loss_on,
+            vocab_size=self.config.vocab_size,
         )
 
 
@@ -254,7 +258,7 @@ def _check_values(job: Job) -> None:
 def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict[str, Any], Any, str]:
     """The job with its row length, the config for rows of that length, and what to say if it is more than native."""
     spec, hub_config = origin.spec, dict(origin.hub_config)
-    config = spec.parse(hub_config)
+    config = parsed(spec, hub_config)
     seq, native = job.data.seq or config.max_position_embeddings, config.max_position_embeddings
     job = job.replace("data", seq=seq)
     if seq <= native:
@@ -265,10 +269,27 @@ def _for_length(job: Job, origin: Origin, registry: Registry) -> tuple[Job, dict
     change = {key: value for key, value in (change or {}).items() if key not in job.model.overrides}
     if not change:
         return job, hub_config, config, said
-    longer = spec.override(hub_config, change)
     by = registry.decider("zoo_rope_for_length")
+    longer, longer_config = _lengthened(spec, hub_config, change, by)
     changed = ", ".join(f"{key} {value}" for key, value in change.items())
-    return job, longer, spec.parse(longer), f"{said} ({changed}{f', by plugin {by.label}' if by else ''})"
+    return job, longer, longer_config, f"{said} ({changed}{f', by plugin {by.label}' if by else ''})"
+
+
+def _lengthened(
+    spec: ModelSpec, hub_config: Mapping[str, Any], change: Mapping[str, Any], by: PluginStatus | None
+) -> tuple[dict[str, Any], Any]:
+    """The fields and the config with what a plugin changes. Raises PluginError for what the family does not take."""
+    check_fields(by, change, {*hub_config, *spec.optional_fields})
+    try:
+        longer = overridden(spec, hub_config, change)
+        return longer, parsed(spec, longer)
+    except DataError as error:
+        raise wrong(
+            f"plugin {by.label if by else '?'}",
+            "zoo_rope_for_length",
+            str(dict(change)),
+            f"fields that the family reads; {str(error).removeprefix('config.json: ')}",
+        ) from None
 
 
 def _check_windows(job: Job, origin: Origin, config: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from zoo.core.answers import adapter_named, applies, check_adapter, refusal, whole_parts
 from zoo.core.choices import choose_data_parallel
 from zoo.core.context_choice import able_schemes
 from zoo.core.contracts import Layout, ModelFacts, ParallelAdapter, StatePart
@@ -84,7 +85,7 @@ class Resolver:
     def unchecked(self, job: Job, degrees: Degrees) -> tuple[Layout, list[ParallelAdapter]]:
         """Return a layout and the adapters that apply to it; nobody is asked whether they can."""
         layout = self._layout(self._settled(job), degrees)
-        return layout, [adapter for adapter in self._every_adapter if adapter.applies(layout)]
+        return layout, self._applying(layout)
 
     def _works(self, job: Job) -> bool:
         try:
@@ -118,6 +119,9 @@ class Resolver:
     def _every_adapter(self) -> list[ParallelAdapter]:
         return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
 
+    def _applying(self, layout: Layout) -> list[ParallelAdapter]:
+        return [adapter for adapter in self._every_adapter if applies(adapter, adapter.applies(layout))]
+
     def _adapters(self, layout: Layout) -> list[ParallelAdapter]:
         """Return those that apply, after each of them and every plugin agreed."""
         served = {axis for entry in self.registry.parallel_adapters for axis in entry.axes}
@@ -127,10 +131,12 @@ class Resolver:
                     f"--{axis.replace('_', '-')} {layout.degrees[axis]}: no plugin here serves the axis '{axis}'; "
                     f"axes served: {', '.join(sorted(served)) or 'none'}"
                 )
-        adapters = [adapter for adapter in self._every_adapter if adapter.applies(layout)]
+        adapters = self._applying(layout)
         _check_applied(layout, adapters)
-        for objection in (adapter.check(layout) for adapter in adapters):
-            if objection:
+        for adapter in adapters:
+            check_adapter(adapter, self.registry.parallel_adapters)
+            objection = refusal(adapter_named(adapter), "check", adapter.check(layout))
+            if objection is not None:
                 raise LayoutError(objection)
         for plugin, sentence in self.registry.check_layout(layout):
             raise LayoutError(f"{sentence} (says plugin {plugin})")
@@ -165,7 +171,7 @@ def _check_styles(layout: Layout) -> None:
 
 def parts_whole(layout: Layout, adapters: Sequence[ParallelAdapter]) -> frozenset[StatePart]:
     """Return what no adapter that applies cuts over dp_shard x cp."""
-    return frozenset(part for adapter in adapters for part in adapter.whole(layout))
+    return frozenset(part for adapter in adapters for part in whole_parts(adapter, adapter.whole(layout)))
 
 
 def _check_settings(layout: LayoutSection) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from zoo.core.answers import check_source
 from zoo.core.batch import Row
 from zoo.core.contracts import DataSource, Record
 from zoo.core.corpus import Place
@@ -151,10 +152,16 @@ def open_rows(
     data_format: str | None = None,
     overlong: str | None = None,
     loss_on: str = "assistant",
+    vocab_size: int | None = None,
 ) -> RowStream:
-    """The rows of `--data`. Raises DataError if it cannot be opened, UsageError for an option that does not exist."""
+    """The rows of `--data`, for a model with so many words (those of the tokenizer if not given).
+
+    Raises DataError if it cannot be opened, UsageError for an option that does not exist.
+    """
     source = open_source(registry, data)
-    samples = Samples(registry, tokenizer, data_format=data_format, loss_on=loss_on, overlong=overlong)
+    samples = Samples(
+        registry, tokenizer, data_format=data_format, loss_on=loss_on, overlong=overlong, vocab_size=vocab_size
+    )
     options = {
         "tokenizer": tokenizer.fingerprint,
         "data-format": data_format or "by columns",
@@ -178,6 +185,7 @@ def open_source(registry: Registry, data: str) -> DataSource:
     found = registry.open_data(data)
     if found is None:
         raise DataError(f"--data {data}: no plugin opens it; zoo plugins lists those that are loaded")
+    check_source(registry.decider("zoo_open_data"), found)
     return found
 
 

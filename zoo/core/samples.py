@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
+from zoo.core.answers import sample_arrays
 from zoo.core.contracts import DataFormat, Record
 from zoo.core.errors import DataError, UsageError, ZooError, one_line
 from zoo.core.packing import OVERLONG, Document, Overlong
@@ -30,16 +29,18 @@ class Samples:
         data_format: str | None = None,
         loss_on: str = "assistant",
         overlong: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """`data_format` is looked for in each record's columns if None; `overlong` is then the format's own choice.
 
-        Raises UsageError for an unknown name.
+        Token ids are below `vocab_size`, that of the tokenizer if not given. Raises UsageError for an unknown name.
         """
         check_choice("--loss-on", loss_on, LOSS_ON)
         if overlong is not None:
             check_choice("--overlong", overlong, OVERLONG)
         self.tokenizer = tokenizer
         self.loss_on = loss_on
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self._registry = registry
         self._format = data_format
         self._overlong = overlong
@@ -58,10 +59,7 @@ class Samples:
         except Exception as error:  # a format may be anybody's
             name = self.format_of(record)
             raise DataError(f"{record.where}: data format {name} failed on it: {one_line(error)}") from error
-        tokens = np.asarray(sample.tokens, dtype=np.int32)
-        trained = np.asarray(sample.trained, dtype=np.bool_)
-        if tokens.shape != trained.shape or tokens.ndim != 1:
-            raise DataError(f"{record.where}: {tokens.size} tokens and {trained.size} marks of what is trained")
+        tokens, trained = sample_arrays(self.format_of(record), record, sample, self._vocab_size)
         return Document(
             tokens=tokens, trained=trained, overlong=overlong, where=record.where, remarks=tuple(sample.remarks)
         )

@@ -8,10 +8,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from zoo.core.answers import located, opened
 from zoo.core.contracts import Converter, HubCheckpoint, ModelEntry, ModelSpec
 from zoo.core.device import accelerator_type
 from zoo.core.errors import DataError, UsageError
 from zoo.core.job import Job
+from zoo.core.model_answers import check_kv_heads, hub_fields, loaded_spec, overridden, parsed
 from zoo.core.registry import Registry
 from zoo.core.suggest import did_you_mean
 from zoo.core.tokenizer_files import has_vocabulary
@@ -54,7 +56,7 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
     Without `needs_weights` a published size stands for its checkpoint, and nothing is said of a tokenizer.
     """
     entry: ModelEntry = registry.models.get(job.model.name)
-    spec: ModelSpec = registry.models.load(job.model.name)
+    spec = loaded_spec(registry.models, job.model.name)
     size = Origin.size_of(job, entry)
     known = list(entry.sizes)
     if size not in entry.sizes and job.model.source in (None, SCRATCH):
@@ -63,6 +65,8 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
             f"{entry.name} has no size '{size}'{f' ({hint})' if hint else ''}. Sizes: {', '.join(known)}; "
             f"--from DIR takes a checkpoint of any other"
         )
+    if size in entry.kv_heads:
+        check_kv_heads(spec, entry, size, parsed(spec, entry.sizes[size]))
     if not needs_weights and job.model.source is None:
         return Origin(
             entry=entry,
@@ -91,9 +95,9 @@ def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
     """A checkpoint by hub id or directory, in any form a plugin reads. Raises UsageError or DataError."""
     for name in registry.converters.names():
         converter: Converter = registry.converters.load(name)
-        path = converter.locate(source)
+        path = located(converter, source)
         if path is not None:
-            return converter.open(path)
+            return opened(converter, path)
     forms = ", ".join(registry.converters.names()) or "none"
     what = "holds no checkpoint" if Path(source).exists() else "does not exist, and is no hub id of the form owner/name"
     raise UsageError(f"{source} {what} (forms known here: {forms}; a Hugging Face directory has a config.json)")
@@ -134,7 +138,7 @@ def _opened(source: str, entry: ModelEntry, registry: Registry) -> HubCheckpoint
 
 def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dict[str, Any]:
     """The fields with the job's `model.*` keys over them. An unknown key is a UsageError."""
-    known = spec.hub_config(spec.parse(hub_config))
+    known = hub_fields(spec, parsed(spec, hub_config))
     names = sorted({*known, *spec.optional_fields})
     for key in job.model.overrides:
         if key not in names:
@@ -142,7 +146,7 @@ def _overridden(hub_config: Mapping[str, Any], job: Job, spec: ModelSpec) -> dic
             said = f"unknown key 'model.{key}'{f' ({hint})' if hint else ''}"
             raise UsageError(f"{said}. Fields of {spec.name}: {', '.join(names)}")
     try:
-        return spec.override(known, job.model.overrides)
+        return overridden(spec, known, job.model.overrides)
     except DataError as error:
         if not job.model.overrides:
             raise

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from zoo.core.contracts import DataSource, Record
+from zoo.core.corpus import read_shard
 from zoo.core.errors import DataError
 from zoo.core.remarks import Remarks
 from zoo.core.samples import Samples
@@ -68,7 +69,7 @@ def records(source: DataSource, broken: Problems) -> Iterator[Record]:
     """The records of a corpus in file order; a part that breaks off is noted and the next one follows."""
     for shard in source.shards():
         try:
-            for record, _ in source.read(shard, 0):
+            for record, _ in read_shard(source, shard, 0):
                 yield record
         except DataError as error:
             broken.add(str(error))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 
 from zoo.core.agreement import agreed
+from zoo.core.answers import tracker
 from zoo.core.determinism import determinism
 from zoo.core.errors import NumericsError, SavedOnSignal, ZooError
 from zoo.core.job import Job
@@ -191,5 +192,5 @@ def _voice(run: Run, registry: Registry) -> Voice:
     fresh = run.path / ".config.yaml.new"
     fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
     fresh.replace(run.path / "config.yaml")
-    trackers = [registry.trackers.load(name)(run.path) for name in job.log.track]
+    trackers = [tracker(name, registry.trackers.load(name)(run.path)) for name in job.log.track]
     return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from zoo.core.answers import shown, wrong
 from zoo.core.contracts import TensorSource
 from zoo.core.inventory import blocks_of, check_same, check_tensors, tied_names
 from zoo.core.rules import Index, Rule, RuleBook, Shape, whole
@@ -62,9 +63,17 @@ def load_into(
     for name, parameter in parameters.items():
         local, index = _local(parameter)
         for here, there in blocks_of(index):
-            local[here].copy_(ours.read(name, there))
+            place = local[here]
+            place.copy_(_sized(source, name, ours.read(name, there), place.shape))
     for alias in (a for a in aliases if tied[a] in parameters):
         check_same(source, alias, book.pieces[tied[alias]][0].hub, _local(parameters[tied[alias]])[1])
+
+
+def _sized(source: TensorSource, name: str, piece: Tensor, shape: torch.Size) -> Tensor:
+    """Return a piece that was read; one of another shape would be repeated until it fits."""
+    if piece.shape != shape:
+        raise wrong(f"{source}", f"read of {name}", shown(piece), f"a tensor {list(shape)}")
+    return piece
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from zoo.core.contracts import DataSource, Record
-from zoo.core.corpus import Corpus, Found, Place, shuffled
+from zoo.core.corpus import Corpus, Found, Place, read_shard, shuffled
 from zoo.core.errors import DataError
 from zoo.core.packing import Address, Document, Piece, best_fit_decreasing, pieces
 from zoo.core.remarks import Remarks
@@ -108,7 +108,7 @@ class Windows:
     def check_first(self) -> None:
         """Read the corpus's first sample as training will. Raises DataError naming it, or saying that there is none."""
         source = self.corpus.source
-        found = (record for shard in source.shards() for record, _ in source.read(shard, 0))
+        found = (record for shard in source.shards() for record, _ in read_shard(source, shard, 0))
         first = next(found, None)
         if first is None:
             raise DataError(_empty(Stats(), self.corpus, self._asked))

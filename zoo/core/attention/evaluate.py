@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from zoo.core.attention.answers import check_attention, check_gradients, is_first
 from zoo.core.attention.merge import accumulation_dtype, merge_
 from zoo.core.attention.ranges import Range
 from zoo.core.attention.slices import Slices, Step
@@ -22,7 +23,10 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`AttentionBackend.forward` for slices of any rule."""
     straight, inverse = _split(slices)
-    out, lse = backend.forward(q, k, v, straight, scale)
+    result = backend.forward(q, k, v, straight, scale)
+    if is_first(backend, "forward"):
+        check_attention(backend, "forward", result, q)
+    out, lse = result
     if inverse.slices:
         q, k, v = _reverse(q, inverse.queries), _reverse(k, inverse.keys), _reverse(v, inverse.keys)
         more_out, more_lse = backend.forward(q, k, v, inverse.slices, scale)
@@ -45,6 +49,8 @@ def attend_backward(
     """`AttentionBackend.backward` for slices of any rule."""
     straight, inverse = _split(slices)
     grads = backend.backward(dout, q, k, v, out, lse, straight, scale)
+    if is_first(backend, "backward"):
+        check_gradients(backend, f"attention backend '{backend.name}'", "backward", grads, (q, k, v))
     if not inverse.slices:
         return grads
     dout, q, out, lse = (_reverse(x, inverse.queries) for x in (dout, q, out, lse))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zoo.core.attention.answers import stages_of
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 from zoo.core.contracts import ContextScheme, Forecast, HeadShape, Stage
@@ -44,7 +45,8 @@ def forecast(
     """
     ranks = range(layout.degree) if ranks is None else ranks
     plans = [scheme.plan(mask, layout, rank, heads) for rank in ranks]
-    return forecast_stages([plan.stages(rates.value_bytes, rates.gradient_bytes) for plan in plans], heads, rates)
+    stages = [stages_of(scheme, plan, rates.value_bytes, rates.gradient_bytes) for plan in plans]
+    return forecast_stages(stages, heads, rates)
 
 
 def forecast_stages(

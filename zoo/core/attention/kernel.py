@@ -9,12 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from zoo.core.attention.answers import check_attention, check_gradients, is_first
 from zoo.core.attention.merge import accumulation_dtype, merge_
 from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
+
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 MAX_STACKED_AREA = 1 << 14
 """Rectangles of at most this many scores are computed side by side; in larger ones a call costs nothing to speak of."""
@@ -60,10 +64,10 @@ class RectangleBackend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionBackend.forward`; out is what the kernel returns if one slice covers everything."""
         if _is_whole(slices, q, k):
-            return self.rectangle_forward(q, k, v, causal=slices[0].rule is SliceRule.CAUSAL, scale=scale)
+            return self._forward(q, k, v, causal=slices[0].rule is SliceRule.CAUSAL, scale=scale)
         out, lse = _empty_result(q)
         for stack in _stacks(tuple(slices), q.device):
-            part = self.rectangle_forward(
+            part = self._forward(
                 stack.queries.of(q), stack.keys.of(k), stack.keys.of(v), causal=stack.causal, scale=scale
             )
             if stack.fresh:
@@ -87,11 +91,11 @@ class RectangleBackend(ABC):
         """As `AttentionBackend.backward`; gradients are what the kernel returns if one slice covers everything."""
         if _is_whole(slices, q, k):
             causal = slices[0].rule is SliceRule.CAUSAL
-            return self.rectangle_backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
+            return self._backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
         dq, dk, dv = (_zeros(x) for x in (q, k, v))
         for stack in _stacks(tuple(slices), q.device):
             queries, keys = stack.queries, stack.keys
-            parts = self.rectangle_backward(
+            parts = self._backward(
                 *(queries.of(x) for x in (dout, q)),
                 *(keys.of(x) for x in (k, v)),
                 *(queries.of(x) for x in (out, lse)),
@@ -101,6 +105,20 @@ class RectangleBackend(ABC):
             for rows, total, part in zip((queries, keys, keys), (dq, dk, dv), parts, strict=True):
                 rows.add(total, part)
         return dq, dk, dv
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Look at the first rectangle's result: what is added up below would hide another shape or type."""
+        result = self.rectangle_forward(q, k, v, causal=causal, scale=scale)
+        if is_first(self, "rectangle_forward"):
+            check_attention(self, "rectangle_forward", result, q)
+        return result
+
+    def _backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *final: Tensor, **how: Any) -> Gradients:
+        """As `_forward`; `final` is out and lse of the whole row."""
+        grads = self.rectangle_backward(dout, q, k, v, *final, **how)
+        if is_first(self, "rectangle_backward"):
+            check_gradients(self, f"attention backend '{self.name}'", "rectangle_backward", grads, (q, k, v))
+        return grads
 
 
 @dataclass(frozen=True, slots=True)

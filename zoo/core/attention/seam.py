@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from zoo.core.attention.answers import check_exchanged, check_gradients, is_first
 from zoo.core.attention.evaluate import attend, attend_backward
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.sharded import Exchange, ShardedMask
@@ -92,10 +93,18 @@ class _Exchanged:
         self.backend, self.scheme, self.link, self.plan = backend, exchange.scheme, exchange.link, plan
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.scheme.forward(self.backend, self.plan, self.link, q, k, v, scale)
+        result = self.scheme.forward(self.backend, self.plan, self.link, q, k, v, scale)
+        self.keys = k.shape
+        if is_first(self.scheme, "forward"):
+            check_exchanged(self.scheme, result, q)
+        return result
 
     def backward(self, dout: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        return self.scheme.backward(self.backend, self.plan, self.link, dout, saved, scale)
+        grads = self.scheme.backward(self.backend, self.plan, self.link, dout, saved, scale)
+        if is_first(self.scheme, "backward"):
+            keys = dout.new_empty(1).expand(self.keys)
+            check_gradients(self.scheme, f"context scheme '{self.scheme.name}'", "backward", grads, (dout, keys, keys))
+        return grads
 
 
 class _Attention(Function):

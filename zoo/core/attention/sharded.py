@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zoo.core.attention.answers import check_plan, is_first
 from zoo.core.attention.layout import SequenceLayout
 from zoo.core.attention.mask import Mask
 
@@ -46,7 +47,10 @@ class ShardedMask:
         question = (scheme, window, heads)
         if question not in self._plans:
             self.asked.add(question)
-            self._plans[question] = scheme.plan(self.mask.with_window(window), self.layout, self.rank, heads)
+            plan = scheme.plan(self.mask.with_window(window), self.layout, self.rank, heads)
+            if is_first(scheme, "plan"):
+                check_plan(scheme, plan)
+            self._plans[question] = plan
         return self._plans[question]
 
     def prepare(self) -> None:

@@ -93,7 +93,9 @@ class Pipelined:
         self.dtype = getattr(torch, layout.dtype)
         self.tp = (mesh.rank("tp"), mesh.size("tp")) if layout.settings.sequence_parallel else (0, 1)
         splits = SCHEDULES[self.schedule_name].splits
-        self.stages = [StageModel(stage_view(model, cut, stage, splits), cut, stage) for stage in cut.mine]
+        self.stages = [
+            StageModel(stage_view(model, cut, stage, splits), cut, stage, layout.model.name) for stage in cut.mine
+        ]
         self._held = held(model, self.stages, [cut.blocks[stage] for stage in cut.mine], layout, splits=splits)
         self._made: tuple[tuple[int, torch.Size], Any] | None = None
         if self.device.type != "cpu":

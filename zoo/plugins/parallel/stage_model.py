@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo import Counts, RouterStats, Sums, UsageError
 from zoo.core.forward_backward import as_losses
+from zoo.core.model_answers import check_losses
 from zoo.plugins.parallel.cut import Cut
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class StageModel(nn.Module):
     """One stage: microbatch by number and hidden states to hidden states, or to a part of the loss."""
 
-    def __init__(self, view: nn.Module, cut: Cut, index: int) -> None:
+    def __init__(self, view: nn.Module, cut: Cut, index: int, family: str = "") -> None:
         super().__init__()
         self.view = view
         self.index = index
@@ -28,6 +29,8 @@ class StageModel(nn.Module):
         self.sums = [module for module in view.modules() if isinstance(module, CarriedSum)]
         self.before_last_backward: Callable[[], None] | None = None
         """Called when a step's last backward of this stage begins, if its schedule does not split that."""
+        self._family = family
+        self._looked = False
         self._step: tuple[Sequence[Batch], Counts, Sums] | None = None
 
     def begin(self, batches: Sequence[Batch], counts: Counts, sums: Sums) -> None:
@@ -56,6 +59,9 @@ class StageModel(nn.Module):
         sums.add_report(losses, batch, counts, weight=float(self.is_last))
         if not self.is_last:
             return (losses.tokens, *(value for seam in self.sums for value in seam.carried))
+        if not self._looked:
+            check_losses(self._family, self.view, losses, batch.tokens.device)
+            self._looked = True
         loss = counts.loss(losses, batch)
         sums.add_loss(loss)
         return loss
