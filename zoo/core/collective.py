@@ -20,13 +20,13 @@ def shared(work: Callable[[], Answer]) -> Answer:
     """
     answer: Answer | None = None
     own: Exception | None = None
-    said: tuple[int, str, str] | None = None
+    said: tuple[str, int, str, str] | None = None
     try:
         answer = work()
     except ZooError as error:
-        own, said = error, (error.exit_code, str(error), host_name())
+        own, said = error, (type(error).__name__, error.exit_code, str(error), host_name())
     except Exception as error:  # a fault, which must not leave the others waiting
-        own, said = error, (ZooError.exit_code, one_line(error), host_name())
+        own, said = error, (ZooError.__name__, ZooError.exit_code, one_line(error), host_name())
     everyone = gathered(said)
     failed = [rank for rank, words in enumerate(everyone) if words is not None]
     if not failed:
@@ -34,9 +34,9 @@ def shared(work: Callable[[], Answer]) -> Answer:
     if own is not None and not isinstance(own, ZooError):
         raise own
     first = failed[0]
-    exit_code, message, host = everyone[first]
+    kind, exit_code, message, host = everyone[first]
     where = "" if len(failed) == len(everyone) else f"rank {first} (host {host}): "
-    raise error_of(exit_code, where + message) from own
+    raise error_of(kind, exit_code, where + message) from own
 
 
 def gathered(value: Any) -> list[Any]:

@@ -122,7 +122,7 @@ def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
     said = office.errors()
     spoken = next((error for error in said if error["zoo"]), None)
     if spoken:
-        return error_of(spoken["exit_code"], spoken["message"])
+        return error_of(spoken["kind"], spoken["exit_code"], spoken["message"])
     silent = [(rank, code) for rank, code in failed.items() if rank not in {error["rank"] for error in said}]
     if not silent:
         if os.environ.get("ZOO_DEBUG"):
