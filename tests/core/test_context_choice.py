@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -283,7 +282,7 @@ def test_more_ranks_than_tokens_is_the_adapters_to_refuse(registry):
 def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
     """One K/V head cannot be dealt out over ranks by a scheme that says so, whatever other layers have."""
     picky = (
-        "class Picky:\n    name = 'picky'\n    splits_rows = True\n"
+        "class Picky:\n    name = 'picky'\n    splits_rows = True\n    plan = forward = backward = None\n"
         "    def check(self, problem, length, degree): return 'one K/V head' if problem.num_kv_heads == 1 else None\n"
         "@hookimpl\ndef zoo_register_context_schemes():\n"
         "    return [ContextSchemeEntry(name='picky', target='zoo_picky:Picky')]\n"
@@ -298,18 +297,17 @@ def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
     assert "picky cannot: one K/V head" in choose_schemes(_job(), found, mixed)[1]
 
 
-def test_a_kernel_must_compute_the_heads_of_every_layer():
-    class Picky:
-        def supports(self, problem):
-            return "odd heads" if problem.num_kv_heads == 1 else None
-
-    class Found:
-        attention = SimpleNamespace(load=lambda _name: Picky, names=lambda: ["picky"])
-
+def test_a_kernel_must_compute_the_heads_of_every_layer(registry):
+    picky = (
+        "class Picky:\n    name = 'picky'\n    forward = backward = None\n"
+        "    def supports(self, problem): return 'odd heads' if problem.num_kv_heads == 1 else None\n"
+        "@hookimpl\ndef zoo_register_attention(): return [AttentionEntry(name='picky', target='zoo_picky:Picky')]\n"
+    )
+    found = registry(("zoo-picky", picky), block=["dense", "sdpa", "flash", "flex"])
     problem = _request().problem
     one = problem.of(HeadShape(num_heads=8, num_kv_heads=1, head_dim=64))
     job = Job().replace("attention", backend="picky")
-    assert choose_attention(job, Found, [problem])[0].__class__ is Picky
+    assert choose_attention(job, found, [problem])[0].name == "picky"
     for wanted in (job, Job()):
         with pytest.raises(UsageError, match="odd heads"):
-            choose_attention(wanted, Found, [problem, one])
+            choose_attention(wanted, found, [problem, one])

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from zoo.cli.session import KEY, Session
-from zoo.core.errors import PluginError, SavedOnSignal, ZooError, one_line
+from zoo.core.errors import SavedOnSignal, ZooError, one_line
 from zoo.core.signals import status_for_launcher
 from zoo.core.version import __version__
 
@@ -64,9 +64,10 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in CORE_COMMANDS:
             module, _, attribute = CORE_COMMANDS[cmd_name][0].partition(":")
-            return _command(getattr(importlib.import_module(module), attribute), cmd_name)
+            core: click.Command = getattr(importlib.import_module(module), attribute)
+            return core
         commands = _session(ctx).registry.commands
-        return _command(commands.load(cmd_name), commands.owner(cmd_name).label) if cmd_name in commands else None
+        return commands.load(cmd_name) if cmd_name in commands else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -174,12 +175,6 @@ def _stdout_is_closed() -> bool:
 def _session(ctx: click.Context) -> Session:
     session: Session = ctx.meta[KEY]
     return session
-
-
-def _command(target: object, owner: str) -> click.Command:
-    if not isinstance(target, click.Command):
-        raise PluginError(f"{owner} offers a command that is no click.Command but {type(target).__name__}")
-    return target
 
 
 def _global_options(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

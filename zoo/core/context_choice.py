@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
@@ -67,18 +67,18 @@ def able_schemes(job: Job, registry: Registry, request: LayoutRequest) -> dict[i
 
 
 def _first_able(registry: Registry, request: LayoutRequest) -> ContextScheme:
-    reasons = []
-    for name in registry.context_schemes.names():
-        scheme = load_scheme(registry, name)
-        reason = _reason(scheme, request)
-        if reason is None:
-            return scheme
-        reasons.append(reason)
-    raise LayoutError(reasons[0] if reasons else _no_scheme(request))
+    schemes, reasons = registry.context_schemes, []
+    for name, scheme in schemes.made().items():
+        for reason in schemes.asked(lambda scheme: _reason(scheme, request), {name: scheme}).values():
+            if reason is None:
+                return cast(ContextScheme, scheme)
+            reasons.append(reason)
+    raise LayoutError(reasons[0] if reasons else _no_scheme(request, registry))
 
 
-def _no_scheme(request: LayoutRequest) -> str:
-    return f"--cp {request.degrees['cp']} needs a context scheme and no plugin provides one; see `zoo plugins`"
+def _no_scheme(request: LayoutRequest, registry: Registry) -> str:
+    said = f"--cp {request.degrees['cp']} needs a context scheme and no plugin provides one; see `zoo plugins`"
+    return "; ".join([said, *registry.passed_over()])
 
 
 def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
@@ -107,12 +107,10 @@ def rates(problem: AttentionProblem, degree: int, wire: str | None) -> Rates:
 def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
     """A scheme by `name` or `name:argument`. Raises UsageError if it takes no argument."""
     name, colon, argument = wanted.partition(":")
-    target: Callable[..., ContextScheme] = registry.context_schemes.load(name)
-    if not colon:
-        return target()
-    if not inspect.signature(target).parameters:
+    if colon and not inspect.signature(registry.context_schemes.load(name)).parameters:
         raise UsageError(f"--cp-scheme {wanted}: {name} takes nothing after its name; type --cp-scheme {name}")
-    return target(argument)
+    scheme: ContextScheme = registry.context_schemes.make(name, *([argument] if colon else []))
+    return scheme
 
 
 def forecasts(
@@ -156,13 +154,16 @@ def _reason(scheme: ContextScheme, request: LayoutRequest) -> str | None:
 
 
 def _choose(job: Job, registry: Registry, request: LayoutRequest, window: int | None) -> tuple[ContextScheme, str]:
-    schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
-    reasons = {name: _reason(scheme, request) for name, scheme in schemes.items()}
-    able = {name: scheme for name, scheme in schemes.items() if reasons[name] is None}
-    if not able:
-        raise LayoutError(next(iter(reasons.values()), None) or _no_scheme(request))
+    asked = registry.context_schemes.asked
+    schemes: dict[str, ContextScheme] = registry.context_schemes.made()
+    reasons = asked(lambda scheme: _reason(scheme, request), schemes)
+    able = {name: schemes[name] for name, reason in reasons.items() if reason is None}
     mask = Mask.whole(request.seq, causal=job.attention.mask != "full").with_window(window)
-    costs = forecasts(able, request, mask, balance=job.layout.cp_balance, wire=job.layout.cp_wire)
+    balance, wire = job.layout.cp_balance, job.layout.cp_wire
+    costs = asked(lambda scheme: forecasts({"": scheme}, request, mask, balance=balance, wire=wire)[""], able)
+    if not costs:
+        refused = (reason for reason in reasons.values() if reason is not None)
+        raise LayoutError(next(refused, None) or _no_scheme(request, registry))
     name = registry.select_context_scheme(request, window, costs) or min(costs, key=lambda n: costs[n].seconds)
     by = registry.decider("zoo_select_context_scheme")
     others = sorted((n for n in costs if n != name), key=lambda n: costs[n].seconds)

@@ -8,7 +8,7 @@ What was given stays, and every layout passes the one check before it is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -191,10 +191,9 @@ class _Search:
         return _need(self.job, self.case, degrees, self._policies)
 
     @cached_property
-    def _policies(self) -> Sequence[MemoryPolicy]:
-        registry, wanted = self.case.registry, self.job.memory.policy
-        names = registry.memory_policies.names() if wanted == "auto" else [wanted]
-        return [registry.memory_policies.load(name)() for name in names]
+    def _policies(self) -> Mapping[str, MemoryPolicy]:
+        policies, wanted = self.case.registry.memory_policies, self.job.memory.policy
+        return policies.made() if wanted == "auto" else {wanted: policies.make(wanted)}
 
     def reasons(self, chosen: Degrees) -> Notes:
         """A line on each axis, with the numbers that decided."""
@@ -237,14 +236,14 @@ class _Search:
         return None
 
 
-def _need(job: Job, case: LayoutCase, degrees: Degrees, policies: Sequence[MemoryPolicy]) -> Need:
+def _need(job: Job, case: LayoutCase, degrees: Degrees, policies: Mapping[str, MemoryPolicy]) -> Need:
     """The estimate: state as the adapter cuts it, what is gathered beside it, and what a microbatch keeps."""
     setup, adapters = case.applied(job, degrees)
     value = BYTES[setup.dtype]
     whole = parts_whole(adapters, setup)
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
     per_rank = -(-tokens // (degrees.tp if setup.sequence_parallel else 1))
-    saved = min((policy.saved_bytes(case.config, per_rank, value) for policy in policies), default=0)
+    saved = _saved(job, case, policies, lambda policy: policy.saved_bytes(case.config, per_rank, value))
     # A stage has its part of the blocks, and as many microbatches in flight as there are stages.
     head = case.config.vocab_size * case.config.hidden_size / degrees.tp
     logits = 4 * min(tokens * case.config.vocab_size / degrees.tp, 1 << 27) + 4 * head
@@ -254,6 +253,15 @@ def _need(job: Job, case: LayoutCase, degrees: Degrees, policies: Sequence[Memor
         gathered=gathered_bytes(case.values, degrees, setup) if cut else 0.0,
         rows=saved + logits,
     )
+
+
+def _saved(
+    job: Job, case: LayoutCase, policies: Mapping[str, MemoryPolicy], saved_bytes: Callable[[MemoryPolicy], int]
+) -> int:
+    """The least that a policy keeps of activations; of the one that was asked for, if one was."""
+    if job.memory.policy == "auto":
+        return min(case.registry.memory_policies.asked(saved_bytes, policies).values(), default=0)
+    return saved_bytes(policies[job.memory.policy])
 
 
 def _least_devices(job: Job, case: LayoutCase) -> str | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from zoo.core.contracts import (
     LayoutRequest,
     ModelSpec,
     ParallelAdapter,
+    ParallelAdapterEntry,
     PipelineSetup,
     Setup,
 )
@@ -38,6 +39,7 @@ from zoo.core.registry import Registry
 from zoo.core.state_memory import Holding, ModelValues, Part, state_bytes
 from zoo.core.units import format_bytes, format_count
 
+_DATA_AXES = ("dp_replicate", "dp_shard")
 _PROCESS_BYTES = 200 * 2**20
 """What a rank holds before it has any weight: an interpreter with torch."""
 
@@ -103,7 +105,7 @@ class LayoutCase:
         microbatches = max(1, rows // degrees.dp // job.data.micro_batch)
         pipeline = PipelineSetup(microbatches=microbatches)
         setup = _setup(job, self.dtype, pipeline, {}, self.windows)
-        return setup, [adapter for adapter in self._every_adapter if adapter.applies(degrees.mapping(), setup)]
+        return setup, self._applying(degrees.mapping(), setup)
 
     def agreed(self, job: Job) -> Agreed:
         """What `check` gives; a refusal names the nearest layouts that work. Raises LayoutError, FitError."""
@@ -192,8 +194,28 @@ class LayoutCase:
         return block_shapes(self.model, self.spec.plan(self.config))
 
     @cached_property
-    def _every_adapter(self) -> list[ParallelAdapter]:
-        return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
+    def _made(self) -> dict[str, ParallelAdapter]:
+        """Adapters that were needed so far, by name."""
+        return {}
+
+    def _applying(self, degrees: Mapping[str, int], setup: Setup) -> list[ParallelAdapter]:
+        """Those that apply, in the order of their names. The others' modules are not imported, as far as that is known.
+
+        Of those that serve `dp_shard` a job names one, which may apply on one rank too, to cast.
+        """
+        entries, named = self.registry.parallel_adapters, setup.data_parallel
+        if named in entries and named not in self._made:
+            self._made[named] = entries.make(named)
+        used = {axis for axis, degree in degrees.items() if degree > 1}
+        wanted = [entry.name for entry in entries if entry.name == named or _may_apply(entry, used)]
+        self._made.update(entries.made(name for name in wanted if name not in self._made))
+        found = (self._made[name] for name in wanted if name in self._made)
+        return [adapter for adapter in found if adapter.applies(degrees, setup)]
+
+    def _broken_adapters(self) -> dict[str, str]:
+        """Axis to the adapter that would serve it and cannot be used."""
+        entries = self.registry.parallel_adapters
+        return {axis: entries.broken[e.name].sentence for e in entries if e.name in entries.broken for axis in e.axes}
 
     def _adapters(self, request: LayoutRequest, setup: Setup) -> list[ParallelAdapter]:
         """Those that apply, after each of them and every plugin agreed."""
@@ -204,8 +226,8 @@ class LayoutCase:
                     f"--{axis.replace('_', '-')} {request.degrees[axis]}: no plugin here serves the axis '{axis}'; "
                     f"axes served: {', '.join(sorted(served)) or 'none'}"
                 )
-        adapters = [adapter for adapter in self._every_adapter if adapter.applies(request.degrees, setup)]
-        _check_applied(request.degrees, adapters, setup)
+        adapters = self._applying(request.degrees, setup)
+        _check_applied(request.degrees, adapters, setup, self._broken_adapters())
         for objection in (adapter.check(request) for adapter in adapters):
             if objection:
                 raise LayoutError(objection)
@@ -299,10 +321,20 @@ def context_setup(
     return ContextSetup(schemes=schemes, windows=windows, balance=balance, wire=wire) if schemes else None
 
 
-def _check_applied(degrees: Mapping[str, int], adapters: Sequence[ParallelAdapter], setup: Setup) -> None:
+def _may_apply(entry: ParallelAdapterEntry, used: Collection[str]) -> bool:
+    """Whether an adapter that was not named has a part in a layout of these axes."""
+    own = set(entry.axes) - (set(_DATA_AXES) if "dp_shard" in entry.axes else set())
+    return not entry.axes or bool(own & set(used))
+
+
+def _check_applied(
+    degrees: Mapping[str, int], adapters: Sequence[ParallelAdapter], setup: Setup, broken: Mapping[str, str]
+) -> None:
     """Every rank has a meaning: each axis in use is served, and somebody adds up gradients wherever rows are cut."""
     needed = {axis for axis in (*AXES, "ep") if degrees[axis] > 1} | ({"dp_shard"} if degrees["cp"] > 1 else set())
     idle = sorted(needed - {axis for adapter in adapters for axis in adapter.axes})
+    if idle and idle[0] in broken:
+        raise LayoutError(f"no adapter serves the axis '{idle[0]}': {broken[idle[0]]}; see `zoo plugins`")
     if idle:
         raise LayoutError(
             f"--data-parallel {setup.data_parallel}: no adapter that applies serves the axis '{idle[0]}', so its ranks "

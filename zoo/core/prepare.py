@@ -26,6 +26,7 @@ from zoo.core.contracts import (
 from zoo.core.device import accelerator_type
 from zoo.core.errors import UsageError
 from zoo.core.job import Job, Settings
+from zoo.core.launcher_env import speaks
 from zoo.core.layout_auto import with_degrees
 from zoo.core.layout_check import LayoutCase, context_setup
 from zoo.core.machine import Machine
@@ -161,8 +162,8 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
     if not job.data.path:
         raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
     open_source(registry, job.data.path)
-    for tracker in job.log.track:
-        registry.trackers.get(tracker)
+    for tracker in job.log.track if speaks() else ():  # the first rank's alone
+        registry.trackers.load(tracker)
     job, hub_config, config, longer = _for_length(job, origin, registry)
     _check_windows(job, origin, config)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
@@ -194,6 +195,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
         ("memory", why_policy),
+        *((("broken", "; ".join(registry.passed_over())),) if registry.passed_over() else ()),
         *((("unusual", "; ".join(job.unusual())),) if job.unusual() else ()),
     )
     return Prepared(

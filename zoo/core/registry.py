@@ -55,6 +55,10 @@ class Registry:
         """Every name that more than one plugin gives."""
         return [clash for lookup in self.lookups for clash in lookup.clashes()]
 
+    def passed_over(self) -> list[str]:
+        """One line for each entry that a choice left out because its plugin failed."""
+        return [broken.sentence for lookup in self.lookups for broken in lookup.broken.values()]
+
     def select_attention(self, problem: AttentionProblem, candidates: Sequence[str]) -> str | None:
         """The first choice of a plugin, None if none has one. Raises PluginError for one outside `candidates`."""
         return self._choice("zoo_select_attention", candidates, problem=problem, candidates=candidates)

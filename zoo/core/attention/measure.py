@@ -115,7 +115,7 @@ def time_schemes(trial: Trial, registry: Registry) -> dict[str, Timing]:
     with process_group() as device:
         mesh = Mesh(Degrees(cp=dist.get_world_size()), device.type)
         link = Link(mesh["cp"].get_group())
-        backend: AttentionBackend = registry.attention.load(trial.backend)()
+        backend: AttentionBackend = registry.attention.make(trial.backend)
         steps = {name: _step(name, trial, registry, backend, link, device) for name in trial.schemes}
         found: dict[str, list[list[float]]] = {name: [] for name in steps}
         for turn in range(trial.repeats + 1):
