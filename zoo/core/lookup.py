@@ -132,7 +132,7 @@ class Lookup(Generic[E]):
         """Import the target of an entry. Raises as `get` does, and PluginError if it cannot be used."""
         entry, kind = self.get(name), KINDS[self.kind]
         try:
-            with _stdout_kept():
+            with stdout_kept():
                 target = entry.load()
             contract = ("class", _FUNCTION) if kind.constructed else (kind.contract, kind.needs)
             _require(target, "the target", *contract)
@@ -146,7 +146,7 @@ class Lookup(Generic[E]):
         if not kind.constructed:
             return target
         try:
-            with _stdout_kept():
+            with stdout_kept():
                 made = target(*arguments)
             _require(made, "an instance", kind.contract, kind.needs)
         except BaseException as error:
@@ -279,7 +279,7 @@ class _Refused(PluginError):
         self.why = why
 
 
-def _stdout_kept() -> contextlib.redirect_stdout[Any]:
+def stdout_kept() -> contextlib.redirect_stdout[Any]:
     """Keep what a plugin prints out of the command's own output, which may be somebody's pipe."""
     return contextlib.redirect_stdout(sys.stderr)
 

@@ -18,7 +18,7 @@ from zoo.core.entries import (
     TrackerEntry,
 )
 from zoo.core.errors import PluginError, ZooError, one_line
-from zoo.core.lookup import Clash, Lookup
+from zoo.core.lookup import Clash, Lookup, stdout_kept
 from zoo.core.plugins import Plugins, PluginStatus
 
 if TYPE_CHECKING:
@@ -187,7 +187,8 @@ class Observers:
             if plugin.source.key in self._disabled:
                 continue
             try:
-                implementation(**arguments)
+                with stdout_kept():
+                    implementation(**arguments)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: no observer may end a run
