@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from zoo.cli.session import KEY, Session
+from zoo.core.entries import load_target
 from zoo.core.errors import SavedOnSignal, ZooError, one_line
 from zoo.core.signals import status_for_launcher
 from zoo.core.version import __version__
@@ -55,7 +56,7 @@ class LazyGroup(click.Group):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _own_pipes():
+        with _own_pipes(), _plugins_named(ctx):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -142,6 +143,23 @@ def _own_pipes() -> Iterator[None]:
         yield
     except BrokenPipeError as error:
         raise _PipeClosed from error
+
+
+@contextlib.contextmanager
+def _plugins_named(ctx: click.Context) -> Iterator[None]:
+    """Name the plugin that an error is of. What click understands, and a status of a plugin's own command, stay."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if isinstance(error, SystemExit) and ctx.invoked_subcommand not in CORE_COMMANDS:
+            raise
+        # Imported now, for it costs each command some time.
+        told = load_target("zoo.core.plugin_failures:named")(error, _session(ctx).loaded)
+        if told is error:
+            raise
+        raise told from error
 
 
 def _say(line: str, status: int) -> int:

@@ -162,8 +162,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
     if not job.data.path:
         raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
     open_source(registry, job.data.path)
-    for tracker in job.log.track if speaks() else ():  # the first rank's alone
-        registry.trackers.load(tracker)
+    _check_trackers(job, registry)
     job, hub_config, config, longer = _for_length(job, origin, registry)
     _check_windows(job, origin, config)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
@@ -195,8 +194,8 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
         ("memory", why_policy),
-        *((("broken", "; ".join(registry.passed_over())),) if registry.passed_over() else ()),
-        *((("unusual", "; ".join(job.unusual())),) if job.unusual() else ()),
+        *(("broken", sentence) for sentence in _joined(registry.passed_over())),
+        *(("unusual", sentence) for sentence in _joined(job.unusual())),
     )
     return Prepared(
         job=job,
@@ -237,6 +236,17 @@ def with_recipe(registry: Registry, *layers: Settings) -> Job:
     said = f"recipe of {entry.name} {size}"
     recipe = {key: (value, said) for key, value in entry.recipes.get(size, {}).items()}
     return Job.from_settings(recipe, *layers)
+
+
+def _joined(sentences: Sequence[str]) -> list[str]:
+    """Return one sentence of all, if there are any."""
+    return ["; ".join(sentences)] if sentences else []
+
+
+def _check_trackers(job: Job, registry: Registry) -> None:
+    """Raise UsageError or PluginError for a tracker that cannot be had. Only the first rank needs them."""
+    for tracker in job.log.track if speaks() else ():
+        registry.trackers.load(tracker)
 
 
 def _check_values(job: Job) -> None:
