@@ -234,7 +234,7 @@ CASES = [
         "failed in zoo_rope_for_length: ValueError: boo. Go without it: --no-plugin rope",
     ),
     # Real ranks.
-    Case("moves", scheme("moves", "forward"), "finetune --cp 2 --cp-scheme {name}", "Mine.forward (zoo_moves.py", 4, 2),
+    Case("moves", scheme("moves", "forward"), "finetune --cp 2 --cp-scheme {name}", "Mine.forward (moves.py", 4, 2),
     Case("far", kernel("far", backward="raise ValueError('boo')"), "finetune --cp 2 --attn far", "on rank ", 4, 2),
 ]
 CHOSEN = [case for case in CASES if case.name in ("supports", "refuses", "library", "no-scheme", "plans", "no-policy")]
@@ -281,11 +281,13 @@ def test_a_broken_plugin_is_named_when_it_is_needed(install, files, tmp_path, ca
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", [c for c in CASES if c.ranks > 1], ids=lambda case: case.name)
-def test_a_plugin_that_fails_on_a_rank_is_named_by_the_launcher(install, files, tmp_path, capfd, case):
-    install(case)
-    command(*words_of(case, files, tmp_path / "out"), status=case.status)
+def test_a_plugin_that_fails_on_a_rank_is_named_by_the_launcher(files, tmp_path, capfd, case):
+    # A file: ranks that wait for work do not see what was installed since.
+    file = tmp_path / f"{case.name}.py"
+    file.write_text(HEAD + case.source)
+    command(*words_of(case, files, tmp_path / "out"), "--plugin", file, status=case.status)
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"Error: plugin {case.name} (zoo-{case.name} 1.0) failed in Mine.")
+    assert last.startswith(f"Error: plugin {case.name} ({file}) failed in Mine.")
     assert case.says in last
     assert " on rank " in last
     assert "ValueError: boo. Go without it: another --" in last
