@@ -176,8 +176,10 @@ def test_what_a_rank_says_is_said_in_one_line(bench, tmp_path):
     plugin.write_text(KERNEL)
     words = (*SMALL, "--attn", "bad", "--measure", "--ranks", "1", "--cp-scheme", "ring", "--plugin", str(plugin))
     status, out, err = bench(*words)
-    assert (status, out) == (1, "")
-    assert "rank 0 failed: ArithmeticError: no more numbers. Nothing was written" in err.splitlines()[-1]
+    assert (status, out) == (4, "")
+    last = err.splitlines()[-1]
+    assert last.startswith(f"Error: plugin bad ({plugin}) failed in Bad.forward (bad.py:")
+    assert "on rank 0: ArithmeticError: no more numbers. Go without it: another --attn (" in last
 
 
 KERNEL = """

@@ -165,7 +165,8 @@ def test_a_command_that_is_none_names_its_plugin(zoo, distributions):
     distributions.add("zoo-hello", COMMANDS.format(name="hello").replace("@click.command()", "@click.pass_context"))
     status, _, err = zoo("hello")
     assert status == 4
-    assert "hello (zoo-hello 1.0) offers a command that is no click.Command" in err
+    assert "command 'hello' of plugin hello (zoo-hello 1.0) cannot be imported" in err
+    assert "the target is a function and no click.Command" in err
 
 
 def test_a_command_of_a_broken_plugin_says_why_it_is_missing(zoo, distributions):

@@ -17,6 +17,7 @@ GOOD = (
 @pytest.fixture
 def installed(distributions):
     distributions.add("zoo-good", GOOD, version="0.2.1")
+    distributions.module("warp", "class Kernel:\n    name = 'warp'\n    supports = forward = backward = None\n")
     distributions.add("zoo-mamba", HEAD + "def deep():\n    import causal_conv1d\ndeep()")
     distributions.add("zoo-old", "ZOO_PLUGIN_API = 0")
     distributions.add("zoo-qwen", GOOD.replace("warp", "qwen"))
@@ -117,3 +118,19 @@ def test_a_plugin_that_imports_torch_when_loaded_is_told_so(distributions, capsy
     distributions.add("zoo-heavy", "import torch\n" + GOOD)
     main(["plugins", "info", "heavy"])
     assert "slow      it imports torch when loaded" in capsys.readouterr().out
+
+
+def test_a_plugin_whose_target_cannot_be_imported_is_broken(distributions, capsys):
+    distributions.add("zoo-lame", GOOD.replace("warp:Kernel", "no_such_module:Kernel"))
+    why = "attention backend 'warp' cannot be imported: no_such_module:Kernel: ModuleNotFoundError"
+    assert main(["plugins"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lame")]
+    assert " broken " in row
+    assert why in row
+    assert main(["plugins", "info", "lame"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"lame: broken, {why}")
+    assert "Traceback" in said
+    assert "next      go without it: zoo --no-plugin lame ..." in said
+    assert main(["doctor"]) in (0, 1)
+    assert f"lame (zoo-lame 1.0) is broken: {why}" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,6 @@ from zoo.core.errors import PluginError, UsageError
 from zoo.core.job import Job, LayoutSection
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
-from zoo.plugins.attention.dense import Dense
 
 HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
 BUILT_IN = ("ring", "allgather", "ulysses", "hybrid", "halo")
@@ -297,20 +295,17 @@ def test_a_scheme_must_carry_the_heads_of_every_layer(registry):
     assert "picky cannot: one K/V head" in choose_schemes(found, mixed)[1]
 
 
-def test_a_kernel_must_compute_the_heads_of_every_layer():
-    class Picky(Dense):
-        name = "picky"
-
-        def supports(self, problem):
-            return "odd heads" if problem.num_kv_heads == 1 else None
-
-    class Found:
-        attention = SimpleNamespace(kind="attention", load=lambda _name: Picky, names=lambda: ["picky"])
-
+def test_a_kernel_must_compute_the_heads_of_every_layer(registry):
+    picky = (
+        "class Picky:\n    name = 'picky'\n    forward = backward = None\n"
+        "    def supports(self, problem): return 'odd heads' if problem.num_kv_heads == 1 else None\n"
+        "@hookimpl\ndef zoo_register_attention(): return [AttentionEntry(name='picky', target='zoo_picky:Picky')]\n"
+    )
+    found = registry(("zoo-picky", picky), block=["dense", "sdpa", "flash", "flex"])
     problem = _layout().problems[0]
     one = problem.of(HeadShape(num_heads=8, num_kv_heads=1, head_dim=64))
     job = Job().replace("attention", backend="picky")
-    assert choose_attention(job, Found, [problem])[0].__class__ is Picky
+    assert choose_attention(job, found, [problem])[0].name == "picky"
     for wanted in (job, Job()):
         with pytest.raises(UsageError, match="odd heads"):
-            choose_attention(wanted, Found, [problem, one])
+            choose_attention(wanted, found, [problem, one])

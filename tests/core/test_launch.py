@@ -8,7 +8,16 @@ import pytest
 
 from zoo.core import rank_processes
 from zoo.core.bootstrap import start_file
-from zoo.core.errors import DataError, NumericsError, SavedOnSignal, UsageError, ZooError
+from zoo.core.errors import (
+    DataError,
+    LayoutError,
+    NumericsError,
+    PluginError,
+    PluginFailed,
+    SavedOnSignal,
+    UsageError,
+    ZooError,
+)
 from zoo.core.launch import TRAINING, WorkerDied, verdict
 from zoo.core.office import Office
 from zoo.core.rank_processes import RankProcesses
@@ -80,6 +89,22 @@ def test_a_plugins_own_error_does_not_stand_in_for_one_of_zoo(tmp_path):
     class Mine(DataError):
         """Like those that plugins define."""
 
+    class Odd(ZooError):
+        """One with a status that zoo has no error for."""
+
+        exit_code = 42
+
+    for error, kind in ((Mine("a"), DataError), (Odd("a"), ZooError), (DataError("a"), DataError)):
+        office = Office(tmp_path)
+        office.report(0, error)
+        found = verdict(office, {0: 1}, TRAINING)
+        assert (type(found), found.exit_code, str(found)) == (kind, error.exit_code, "a")
+    assert ZooError.exit_code == 1
+
+
+@pytest.mark.parametrize("error", [LayoutError("a", "b"), PluginFailed("c"), PluginError("d")])
+def test_an_error_comes_back_as_its_own_kind_among_those_of_one_status(tmp_path, error):
     office = Office(tmp_path)
-    office.report(0, Mine("a"))
-    assert type(verdict(office, {0: 1}, TRAINING)) is DataError
+    office.report(0, error)
+    found = verdict(office, {0: 1}, TRAINING)
+    assert (type(found), str(found)) == (type(error), str(error))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from zoo.cli.session import Session
-from zoo.core.answers import refusal
 from zoo.core.attention.forecast import Rates
 from zoo.core.attention.mask import Mask
 from zoo.core.attention.mask_text import MaskWords
@@ -29,6 +29,7 @@ from zoo.core.units import format_tokens, parse_tokens
 DEFAULT_HEADS = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)
 _DTYPES = ("auto", "float32", "bfloat16", "float64")
 Say = Callable[[str], None]
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +96,14 @@ def answer(
     problem = _problem(shape, dtype)
     backend, why = choose_attention(Job.from_settings({"attention.backend": (attn, "--attn")}), registry, [problem])
     wanted = _schemes(registry, schemes)
-    able, refused = _able(wanted, problem, length, cp)
+    # Without names it is a choice among all, from which one that fails is left out.
+    ask = registry.context_schemes.asked if schemes is None else _answers
+    reasons = ask(lambda scheme: scheme.check(problem, length, cp), wanted)
+    able, refused = _able(wanted, reasons)
     mask, speed = words.mask(length, seed=seed), rates(problem, cp, None)
+    figures = ask(lambda scheme: survey(scheme, mask, cp, shape, speed, balance=balance), able)
+    for line in registry.passed_over():
+        say(f"passed over: {line}")
     found = Answer(
         model=label,
         problem=problem,
@@ -108,11 +115,12 @@ def answer(
         backend=backend.name,
         why_backend=why,
         rates=speed,
-        schemes={name: survey(scheme, mask, cp, shape, speed, balance=balance) for name, scheme in able.items()},
+        schemes=figures,
         refused=refused,
         measured=None,
     )
-    return _timed(found, session, wanted, num_ranks, repeats, say) if num_ranks else found
+    usable = {name: scheme for name, scheme in wanted.items() if name in figures or name in refused}
+    return _timed(found, session, usable, num_ranks, repeats, say) if num_ranks else found
 
 
 def _timed(
@@ -123,7 +131,7 @@ def _timed(
     length = affordable_length(
         lambda n: found.words.mask(n, seed=found.seed), found.mask.length, problem.heads, problem.dtype, ranks
     )
-    able, refused = _able(wanted, problem, length, ranks)
+    able, refused = _able(wanted, _answers(lambda scheme: scheme.check(problem, length, ranks), wanted))
     if not able:
         return replace(found, measured=Measured(ranks=ranks, seq=length, repeats=repeats, schemes={}, refused=refused))
     trial = Trial(
@@ -210,22 +218,25 @@ def _problem(shape: HeadShape, dtype: str) -> AttentionProblem:
 
 def _schemes(registry: Registry, text: str | None) -> dict[str, ContextScheme]:
     """Schemes by the words they were asked for with; every one if none was."""
-    words = [word.strip() for word in text.split(",")] if text is not None else registry.context_schemes.names()
-    if not words:
-        raise UsageError("no plugin provides a context scheme; see `zoo plugins`")
-    return {word: load_scheme(registry, word) for word in words}
+    if text is not None:
+        return {word: load_scheme(registry, word) for word in (word.strip() for word in text.split(","))}
+    found: dict[str, ContextScheme] = registry.context_schemes.made()
+    if not found:
+        said = ["no plugin provides a context scheme; see `zoo plugins`", *registry.passed_over()]
+        raise UsageError("; ".join(said))
+    return found
+
+
+def _answers(question: Callable[[ContextScheme], A], schemes: Mapping[str, ContextScheme]) -> dict[str, A]:
+    return {name: question(scheme) for name, scheme in schemes.items()}
 
 
 def _able(
-    schemes: dict[str, ContextScheme], problem: AttentionProblem, length: int, degree: int
+    schemes: Mapping[str, ContextScheme], reasons: Mapping[str, str | None]
 ) -> tuple[dict[str, ContextScheme], dict[str, str]]:
     """The schemes that can, and the reasons of those that cannot."""
-    reasons = {
-        name: refusal(f"context scheme '{scheme.name}'", "check", scheme.check(problem, length, degree))
-        for name, scheme in schemes.items()
-    }
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    return {name: scheme for name, scheme in schemes.items() if name not in refused}, refused
+    return {name: schemes[name] for name in reasons if name not in refused}, refused
 
 
 def _one_of(option: str, value: str, words: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import click
 
 from zoo.cli.checkup import Finding, machine_findings
+from zoo.cli.plugins import tried
 from zoo.cli.session import Session, pass_session
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
@@ -34,9 +35,10 @@ def doctor(session: Session, ctx: click.Context, as_json: bool) -> None:
 
 def plugin_findings(plugins: Plugins, registry: Registry) -> list[Finding]:
     """How many plugins are loaded, one finding for each that is not, for each clash, and for each kind nobody gives."""
-    loaded = sum(status.ok for status in plugins.statuses)
-    findings = [Finding("plugins", f"{loaded} of {len(plugins.statuses)} loaded")]
-    for status in plugins.failed():
+    statuses = [tried(status, registry) for status in plugins.statuses]
+    loaded = sum(status.ok for status in statuses)
+    findings = [Finding("plugins", f"{loaded} of {len(statuses)} loaded")]
+    for status in (status for status in statuses if status.status in ("broken", "skipped")):
         fix = f"zoo plugins info {status.name}"
         findings.append(Finding("plugin", f"{status.label} is {status.status}: {status.reason}", level="warn", fix=fix))
     findings += [Finding("plugin", clash.sentence, level="warn", fix="zoo plugins") for clash in registry.clashes()]

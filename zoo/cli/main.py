@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from zoo.cli.session import KEY, Session
-from zoo.core.errors import PluginError, SavedOnSignal, ZooError, one_line
+from zoo.core.entries import load_target
+from zoo.core.errors import SavedOnSignal, ZooError, one_line
 from zoo.core.signals import status_for_launcher
 from zoo.core.version import __version__
 
@@ -55,7 +56,7 @@ class LazyGroup(click.Group):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _own_pipes():
+        with _own_pipes(), _plugins_named(ctx):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -64,9 +65,10 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in CORE_COMMANDS:
             module, _, attribute = CORE_COMMANDS[cmd_name][0].partition(":")
-            return _command(getattr(importlib.import_module(module), attribute), cmd_name)
+            core: click.Command = getattr(importlib.import_module(module), attribute)
+            return core
         commands = _session(ctx).registry.commands
-        return _command(commands.load(cmd_name), commands.owner(cmd_name).label) if cmd_name in commands else None
+        return commands.load(cmd_name) if cmd_name in commands else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -143,6 +145,23 @@ def _own_pipes() -> Iterator[None]:
         raise _PipeClosed from error
 
 
+@contextlib.contextmanager
+def _plugins_named(ctx: click.Context) -> Iterator[None]:
+    """Name the plugin that an error is of. What click understands, and a status of a plugin's own command, stay."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if isinstance(error, SystemExit) and ctx.invoked_subcommand not in CORE_COMMANDS:
+            raise
+        # Imported now, for it costs each command some time.
+        told = load_target("zoo.core.plugin_failures:named")(error, _session(ctx).loaded)
+        if told is error:
+            raise
+        raise told from error
+
+
 def _say(line: str, status: int) -> int:
     if os.environ.get("ZOO_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
@@ -174,12 +193,6 @@ def _stdout_is_closed() -> bool:
 def _session(ctx: click.Context) -> Session:
     session: Session = ctx.meta[KEY]
     return session
-
-
-def _command(target: object, owner: str) -> click.Command:
-    if not isinstance(target, click.Command):
-        raise PluginError(f"{owner} offers a command that is no click.Command but {type(target).__name__}")
-    return target
 
 
 def _global_options(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import traceback
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -10,6 +12,7 @@ import click
 from zoo.cli.session import Session, pass_session
 from zoo.core.errors import UsageError
 from zoo.core.plugins import PluginStatus
+from zoo.core.registry import Registry
 from zoo.core.suggest import did_you_mean, normalised
 from zoo.core.table import table
 
@@ -24,7 +27,7 @@ def plugins(session: Session, ctx: click.Context, as_json: bool) -> None:
     """List plugins, their state and what they provide."""
     if ctx.invoked_subcommand:
         return
-    found = session.plugins.statuses
+    found = [tried(status, session.registry) for status in session.plugins.statuses]
     clashes = session.registry.clashes()
     if as_json:
         listed = {
@@ -45,11 +48,29 @@ def plugins(session: Session, ctx: click.Context, as_json: bool) -> None:
 @pass_session
 def info(session: Session, name: str, as_json: bool) -> None:
     """Say everything about one plugin; NAME is a plugin's or a distribution's."""
-    found = _named(session, name)
+    found = [tried(status, session.registry) for status in _named(session, name)]
     if as_json:
         click.echo(json.dumps([_facts(status) for status in found], indent=2))
     else:
         click.echo("\n\n".join(_described(status, session) for status in found))
+
+
+def tried(status: PluginStatus, registry: Registry) -> PluginStatus:
+    """Return the status of a plugin once its entries were imported: it is broken if one of them cannot be used.
+
+    Built-ins are taken to be whole: their imports would take seconds.
+    """
+    own = [] if status.source.builtin else [(kind, e.name) for kind, some in status.entries.items() for e in some]
+    # A name that clashes is told as such, and cannot be imported by its name.
+    names = {lookup.kind: lookup for lookup in registry.lookups}
+    usable = [(kind, name) for kind, name in own if name in names[kind] and names[kind].owner(name) is status]
+    flaws = [flaw for kind, name in usable if (flaw := names[kind].flaw(name))]
+    if not flaws:
+        return status
+    trace = "".join(traceback.format_exception(flaws[0].error))
+    return replace(
+        status, status="broken", reason="; ".join(f"{flaw.entry} {flaw.why}" for flaw in flaws), traceback=trace
+    )
 
 
 def _named(session: Session, name: str) -> list[PluginStatus]:
@@ -109,7 +130,11 @@ def _described(status: PluginStatus, session: Session) -> str:
             for kind, entries in status.entries.items()
             for entry in entries
         ),
-        *(f"clash     {clash.sentence}" for clash in session.registry.clashes() if status in clash.claimants),
+        *(
+            f"clash     {clash.sentence}"
+            for clash in session.registry.clashes()
+            if status.source in [claimant.source for claimant in clash.claimants]
+        ),
     ]
     if status.imports_torch:
         lines.append(

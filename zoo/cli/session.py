@@ -30,6 +30,12 @@ class Session:
         """Raises PluginError if a `--plugin FILE.py` cannot be loaded, or any plugin under ZOO_STRICT_PLUGINS."""
         return Plugins.load(block=self._block, files=self._files, strict=False if self.inspecting else None)
 
+    @property
+    def loaded(self) -> Plugins | None:
+        """The plugins, if they were loaded already."""
+        found: Plugins | None = vars(self).get("plugins")
+        return found
+
     @cached_property
     def registry(self) -> Registry:
         return Registry(self.plugins, reserved={"commands": self._core_commands})

@@ -71,7 +71,7 @@ def agreed(make: Callable[[], Prepared], plugins: Plugins) -> Prepared:
         _make(prepared.out)
         return prepared
     same_plugins(plugins)
-    prepared = shared(make)
+    prepared = shared(make, plugins)
     compare(_settings(prepared), "Type the same command with the same software for every rank")
     shared_folder(prepared.out)
     compare(

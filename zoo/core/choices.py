@@ -34,18 +34,16 @@ def choose_attention(
     """
     wanted = job.attention.backend
     if wanted != "auto":
-        backend: AttentionBackend = registry.attention.load(wanted)()
+        backend: AttentionBackend = registry.attention.make(wanted)
         objection = _objection(backend, problems)
         if objection is not None:
             raise UsageError(f"--attn {wanted} cannot run this job: {objection}. --attn auto chooses one that can")
         return named("attention backend", wanted, backend), f"{wanted} (asked for)"
-    backends: dict[str, AttentionBackend] = {
-        name: registry.attention.load(name)() for name in registry.attention.names()
-    }
-    reasons = {name: _objection(backend, problems) for name, backend in backends.items()}
+    backends: dict[str, AttentionBackend] = registry.attention.made()
+    reasons = registry.attention.asked(lambda backend: _objection(backend, problems), backends)
     able = _able(reasons)
     if not able:
-        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        said = "; ".join([*(f"{name}: {reason}" for name, reason in reasons.items()), *registry.passed_over()])
         raise UsageError(f"no attention backend can run this job ({said or 'no plugin provides any'})")
     return _chosen(
         backends, reasons, registry.select_attention(problems[0], able), registry.decider("zoo_select_attention")
@@ -60,7 +58,8 @@ def choose_data_parallel(job: Job, registry: Registry) -> str:
     wanted = job.layout.data_parallel
     names = [entry.name for entry in registry.parallel_adapters if "dp_shard" in entry.axes]
     if wanted == "auto":
-        return next((name for name in ("fsdp", *names) if name in names), wanted)
+        in_order = [name for name in ("fsdp", *names) if name in names]
+        return next((name for name in in_order if registry.parallel_adapters.made([name])), wanted)
     if wanted not in names:
         hint = did_you_mean(wanted, names)
         raise UsageError(
@@ -76,16 +75,14 @@ def choose_policy(
     """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
     wanted = job.memory.policy
     if wanted != "auto":
-        return named("memory policy", wanted, registry.memory_policies.load(wanted)()), f"{wanted} (asked for)"
-    policies: dict[str, MemoryPolicy] = {
-        n: registry.memory_policies.load(n)() for n in registry.memory_policies.names()
-    }
-    if not policies:
-        raise UsageError("no plugin provides a memory policy; see `zoo plugins`")
+        return named("memory policy", wanted, registry.memory_policies.make(wanted)), f"{wanted} (asked for)"
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
-    saved = {name: saved_bytes(policy, config, tokens, BYTES[dtype]) for name, policy in policies.items()}
+    policies: dict[str, MemoryPolicy] = registry.memory_policies.made()
+    saved = registry.memory_policies.asked(lambda p: saved_bytes(p, config, tokens, BYTES[dtype]), policies)
+    if not saved:
+        raise UsageError("; ".join(["no plugin provides a memory policy; see `zoo plugins`", *registry.passed_over()]))
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
-    name = registry.select_memory_policy(saved, budget, list(policies)) or min(saved, key=lambda n: saved[n])
+    name = registry.select_memory_policy(saved, budget, list(saved)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
     return named("memory policy", name, policies[name]), f"{name}: {gib}"
 

@@ -9,24 +9,28 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from zoo.core.errors import DataError, ZooError, error_of, one_line
+from zoo.core.plugin_failures import plugins_named
+from zoo.core.plugins import Plugins
 
 Answer = TypeVar("Answer")
 
 
-def shared(work: Callable[[], Answer]) -> Answer:
+def shared(work: Callable[[], Answer], plugins: Plugins | None = None) -> Answer:
     """Return what `work` returns on this rank. If it fails on any, raise the error of the first such rank on all.
 
-    `work` has no collectives in it. The rank that failed raises its own error, the others what can be sent of it.
+    `work` has no collectives in it. The rank that failed raises its own error, the others what can be sent of it, which
+    names the one of `plugins` that raised it, if one did.
     """
     answer: Answer | None = None
     own: Exception | None = None
-    said: tuple[int, str, str] | None = None
+    said: tuple[str, int, str, str] | None = None
     try:
-        answer = work()
+        with plugins_named(plugins):
+            answer = work()
     except ZooError as error:
-        own, said = error, (error.exit_code, str(error), host_name())
+        own, said = error, (type(error).__name__, error.exit_code, str(error), host_name())
     except Exception as error:  # a fault, which must not leave the others waiting
-        own, said = error, (ZooError.exit_code, one_line(error), host_name())
+        own, said = error, (ZooError.__name__, ZooError.exit_code, one_line(error), host_name())
     everyone = gathered(said)
     failed = [rank for rank, words in enumerate(everyone) if words is not None]
     if not failed:
@@ -34,9 +38,9 @@ def shared(work: Callable[[], Answer]) -> Answer:
     if own is not None and not isinstance(own, ZooError):
         raise own
     first = failed[0]
-    exit_code, message, host = everyone[first]
+    kind, exit_code, message, host = everyone[first]
     where = "" if len(failed) == len(everyone) else f"rank {first} (host {host}): "
-    raise error_of(exit_code, where + message) from own
+    raise error_of(kind, exit_code, where + message) from own
 
 
 def gathered(value: Any) -> list[Any]:

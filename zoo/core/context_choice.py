@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 from zoo.core.answers import named, refusal
 from zoo.core.attention.answers import check_cover
@@ -73,18 +73,18 @@ def able_schemes(registry: Registry, layout: Layout) -> dict[int | None, Context
 
 
 def _first_able(registry: Registry, layout: Layout) -> ContextScheme:
-    reasons = []
-    for name in registry.context_schemes.names():
-        scheme = load_scheme(registry, name)
-        reason = _reason(scheme, layout)
-        if reason is None:
-            return scheme
-        reasons.append(reason)
-    raise LayoutError(reasons[0] if reasons else _no_scheme(layout))
+    schemes, reasons = registry.context_schemes, []
+    for name, scheme in schemes.made().items():
+        for reason in schemes.asked(lambda scheme: _reason(scheme, layout), {name: scheme}).values():
+            if reason is None:
+                return cast(ContextScheme, scheme)
+            reasons.append(reason)
+    raise LayoutError(reasons[0] if reasons else _no_scheme(layout, registry))
 
 
-def _no_scheme(layout: Layout) -> str:
-    return f"--cp {layout.degrees.cp} needs a context scheme and no plugin provides one; see `zoo plugins`"
+def _no_scheme(layout: Layout, registry: Registry) -> str:
+    said = f"--cp {layout.degrees.cp} needs a context scheme and no plugin provides one; see `zoo plugins`"
+    return "; ".join([said, *registry.passed_over()])
 
 
 def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
@@ -113,12 +113,10 @@ def rates(problem: AttentionProblem, degree: int, wire: str | None) -> Rates:
 def load_scheme(registry: Registry, wanted: str) -> ContextScheme:
     """A scheme by `name` or `name:argument`. Raises UsageError if it takes no argument."""
     name, colon, argument = wanted.partition(":")
-    target: Callable[..., ContextScheme] = registry.context_schemes.load(name)
-    if not colon:
-        return target()
-    if not inspect.signature(target).parameters:
+    if colon and not inspect.signature(registry.context_schemes.load(name)).parameters:
         raise UsageError(f"--cp-scheme {wanted}: {name} takes nothing after its name; type --cp-scheme {name}")
-    return target(argument)
+    scheme: ContextScheme = registry.context_schemes.make(name, *([argument] if colon else []))
+    return scheme
 
 
 def forecasts(schemes: Mapping[str, ContextScheme], layout: Layout, mask: Mask) -> dict[str, Forecast]:
@@ -163,13 +161,15 @@ def _reason(scheme: ContextScheme, layout: Layout) -> str | None:
 
 
 def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -> tuple[ContextScheme, str]:
-    schemes: dict[str, Any] = {name: load_scheme(registry, name) for name in registry.context_schemes.names()}
-    reasons = {name: _reason(scheme, layout) for name, scheme in schemes.items()}
-    able = {name: scheme for name, scheme in schemes.items() if reasons[name] is None}
-    if not able:
-        raise LayoutError(next(iter(reasons.values()), None) or _no_scheme(layout))
+    asked = registry.context_schemes.asked
+    schemes: dict[str, ContextScheme] = registry.context_schemes.made()
+    reasons = asked(lambda scheme: _reason(scheme, layout), schemes)
+    able = {name: schemes[name] for name, reason in reasons.items() if reason is None}
     mask = Mask.whole(layout.seq, causal=kind != "full").with_window(window)
-    costs = forecasts(able, layout, mask)
+    costs = asked(lambda scheme: forecasts({"": scheme}, layout, mask)[""], able)
+    if not costs:
+        refused = (reason for reason in reasons.values() if reason is not None)
+        raise LayoutError(next(refused, None) or _no_scheme(layout, registry))
     name = registry.select_context_scheme(layout, window, costs) or min(costs, key=lambda n: costs[n].seconds)
     by = registry.decider("zoo_select_context_scheme")
     others = sorted((n for n in costs if n != name), key=lambda n: costs[n].seconds)

@@ -39,6 +39,10 @@ class PluginError(ZooError):
     exit_code = 4
 
 
+class PluginFailed(PluginError):
+    """Code of a plugin raised what it should not have, in the middle of a run."""
+
+
 class DataError(ZooError):
     """A file that was read is not what it must be: data, tokenizer, checkpoint."""
 
@@ -61,14 +65,21 @@ class SavedOnSignal(ZooError):
     exit_code = 75
 
 
-_BY_EXIT_CODE: dict[int, type[ZooError]] = {
-    kind.exit_code: kind for kind in (UsageError, FitError, PluginError, DataError, NumericsError, SavedOnSignal)
-}
+_KINDS = (UsageError, LayoutError, FitError, PluginError, PluginFailed, DataError, NumericsError, SavedOnSignal)
+_BY_NAME: dict[str, type[ZooError]] = {kind.__name__: kind for kind in _KINDS}
+# Of several kinds with one exit code the first, which is the most general.
+_BY_EXIT_CODE: dict[int, type[ZooError]] = {kind.exit_code: kind for kind in reversed(_KINDS)}
 
 
-def error_of(exit_code: int, message: str) -> ZooError:
-    """Return the error that another process raised, from what can be sent of it."""
-    return _BY_EXIT_CODE.get(exit_code, ZooError)(message)
+def error_of(kind: str, exit_code: int, message: str) -> ZooError:
+    """Return the error that another process raised, from what can be sent of it.
+
+    `kind` is the name of its class. One that is not defined here, as a plugin's own, becomes the kind of its exit code.
+    """
+    error = (_BY_NAME.get(kind) or _BY_EXIT_CODE.get(exit_code, ZooError))(message)
+    if error.exit_code != exit_code:
+        error.exit_code = exit_code
+    return error
 
 
 def one_line(error: BaseException) -> str:

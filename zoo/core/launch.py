@@ -19,7 +19,7 @@ from typing import Any
 from zoo.core import bootstrap
 from zoo.core.bootstrap import start_file
 from zoo.core.device import accelerator_type, num_cores
-from zoo.core.errors import SavedOnSignal, ZooError, error_of
+from zoo.core.errors import PluginFailed, SavedOnSignal, ZooError, error_of
 from zoo.core.launcher_env import STORE_FILE, OuterRank
 from zoo.core.office import Office
 from zoo.core.rank_processes import RankProcesses
@@ -66,7 +66,7 @@ def launch(
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on, as a wish to stop; a second SIGTERM or SIGINT aborts. If a rank
     died or hung, all are started again, `max_restarts` times at most; `timeout_s` is that of a step. Raises what the
-    ranks raised: a ZooError as it is, anything else as WorkerDied.
+    ranks raised: a ZooError as it is, anything else as WorkerDied. What a plugin raised is tried again as a death is.
     """
     with _PassedOn(work) as passed_on:
         for restart in range(max_restarts + 1):
@@ -77,10 +77,11 @@ def launch(
                 try:
                     with passed_on.to(office):
                         _start(office, num_ranks, work, timeout_s)
-                except WorkerDied as died:
+                except (WorkerDied, PluginFailed) as died:
                     if restart == max_restarts or passed_on.asked:
                         raise
-                    sys.stderr.write(f"{died.what}. Restart {restart + 1} of {max_restarts}.\n")
+                    what = died.what if isinstance(died, WorkerDied) else died
+                    sys.stderr.write(f"{what}. Restart {restart + 1} of {max_restarts}.\n")
                     continue
                 return json.loads(office.answer.read_text()) if office.answer.exists() else None
     raise AssertionError("the last try returns or raises")
@@ -122,11 +123,11 @@ def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
     said = office.errors()
     spoken = next((error for error in said if error["zoo"]), None)
     if spoken:
-        return error_of(spoken["exit_code"], spoken["message"])
+        _show_traceback(spoken)
+        return error_of(spoken["kind"], spoken["exit_code"], spoken["message"])
     silent = [(rank, code) for rank, code in failed.items() if rank not in {error["rank"] for error in said}]
     if not silent:
-        if os.environ.get("ZOO_DEBUG"):
-            sys.stderr.write(said[0]["traceback"])
+        _show_traceback(said[0])
         return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
     rank, code = silent[0]
     # By its own word, or by the signal itself before it could hear one.
@@ -134,6 +135,12 @@ def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
     if asked and work.stopped:
         return SavedOnSignal(work.stopped)
     return WorkerDied(_end_of(office, rank, code), work)
+
+
+def _show_traceback(said: Mapping[str, Any]) -> None:
+    """Write where a rank raised its error, for those who debug."""
+    if os.environ.get("ZOO_DEBUG"):
+        sys.stderr.write(said["traceback"])
 
 
 def _end_of(office: Office, rank: int, code: int) -> str:

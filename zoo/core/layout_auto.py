@@ -8,7 +8,7 @@ What was given stays, and every layout passes the one check before it is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -194,10 +194,9 @@ class _Search:
         return _need(self.job, self.resolver, degrees, self._policies)
 
     @cached_property
-    def _policies(self) -> Sequence[MemoryPolicy]:
-        registry, wanted = self.resolver.registry, self.job.memory.policy
-        names = registry.memory_policies.names() if wanted == "auto" else [wanted]
-        return [registry.memory_policies.load(name)() for name in names]
+    def _policies(self) -> Mapping[str, MemoryPolicy]:
+        policies, wanted = self.resolver.registry.memory_policies, self.job.memory.policy
+        return policies.made() if wanted == "auto" else {wanted: policies.make(wanted)}
 
     def reasons(self, chosen: Degrees) -> Notes:
         """A line on each axis, with the numbers that decided."""
@@ -240,7 +239,7 @@ class _Search:
         return None
 
 
-def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Sequence[MemoryPolicy]) -> Need:
+def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Mapping[str, MemoryPolicy]) -> Need:
     """The estimate: state as the adapter cuts it, what is gathered beside it, and what a microbatch keeps."""
     layout, adapters = resolver.unchecked(job, degrees)
     value = BYTES[layout.dtype]
@@ -248,7 +247,7 @@ def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Sequence[Mem
     config = layout.model.config
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
     per_rank = -(-tokens // (degrees.tp if layout.settings.sequence_parallel else 1))
-    saved = min((saved_bytes(policy, config, per_rank, value) for policy in policies), default=0)
+    saved = _saved(job, resolver, policies, lambda policy: saved_bytes(policy, config, per_rank, value))
     # A stage has its part of the blocks, and as many microbatches in flight as there are stages.
     head = config.vocab_size * config.hidden_size / degrees.tp
     logits = 4 * min(tokens * config.vocab_size / degrees.tp, 1 << 27) + 4 * head
@@ -258,6 +257,15 @@ def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Sequence[Mem
         gathered=gathered_bytes(layout) if cut else 0.0,
         rows=saved + logits,
     )
+
+
+def _saved(
+    job: Job, resolver: Resolver, policies: Mapping[str, MemoryPolicy], kept: Callable[[MemoryPolicy], int]
+) -> int:
+    """The least that a policy keeps of activations; of the one that was asked for, if one was."""
+    if job.memory.policy == "auto":
+        return min(resolver.registry.memory_policies.asked(kept, policies).values(), default=0)
+    return kept(policies[job.memory.policy])
 
 
 def _least_devices(job: Job, resolver: Resolver) -> str | None:

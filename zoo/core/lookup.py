@@ -1,10 +1,13 @@
-"""The entries of one kind, by name: whose they are, what clashes, and who would have had a name that is missing."""
+"""The entries of one kind, by name: whose they are, what clashes, and which of them cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 
 from zoo.core.entries import Entry
 from zoo.core.errors import PluginError, UsageError, ZooError, one_line
@@ -12,18 +15,59 @@ from zoo.core.plugins import Plugins, PluginStatus
 from zoo.core.suggest import did_you_mean, normalised
 
 E = TypeVar("E", bound=Entry)
+Answer = TypeVar("Answer")
 
-_NOUNS = {
-    "models": "model",
-    "attention": "attention backend",
-    "context_schemes": "context scheme",
-    "parallel_adapters": "parallel adapter",
-    "memory_policies": "memory policy",
-    "converters": "checkpoint format",
-    "data_formats": "data format",
-    "trackers": "tracker",
-    "commands": "command",
+
+class _Kind(NamedTuple):
+    """What is said of entries of a kind, and what they must be."""
+
+    noun: str
+    contract: str
+    """The name of what the target is, or of what its instances are."""
+    needs: tuple[str, ...] = ()
+    """Attributes that the contract has."""
+    constructed: bool = False
+    """The target is a class, called without arguments."""
+    option: str = ""
+    """The flag that takes a name of this kind."""
+
+
+_MODEL = ("name", "parse", "hub_config", "build", "plan", "flops_per_token")
+_ATTENTION = ("name", "supports", "forward", "backward")
+_SCHEME = ("name", "splits_rows", "check", "plan", "forward", "backward")
+_ADAPTER = ("name", "axes", "phase", "check", "applies", "apply", "shard_batch")
+_POLICY = ("name", "apply", "saved_bytes")
+_CONVERTER = ("name", "locate", "open", "export")
+_FUNCTION = ("__call__",)
+
+KINDS: Mapping[str, _Kind] = {
+    "models": _Kind("model", "ModelSpec", _MODEL),
+    "attention": _Kind("attention backend", "AttentionBackend", _ATTENTION, True, "--attn"),
+    "context_schemes": _Kind("context scheme", "ContextScheme", _SCHEME, True, "--cp-scheme"),
+    "parallel_adapters": _Kind("parallel adapter", "ParallelAdapter", _ADAPTER, True),
+    "memory_policies": _Kind("memory policy", "MemoryPolicy", _POLICY, True, "--memory"),
+    "converters": _Kind("checkpoint format", "Converter", _CONVERTER, option="--to"),
+    "data_formats": _Kind("data format", "DataFormat", _FUNCTION, option="--data-format"),
+    "trackers": _Kind("tracker", "function of the run directory", _FUNCTION, option="--track"),
+    "commands": _Kind("command", "click.Command", ("make_context", "invoke")),
 }
+"""Every kind of entry, by the name of its registration hook."""
+
+
+class Broken(NamedTuple):
+    """An entry that cannot be used."""
+
+    entry: str
+    """As `attention backend 'fast'`."""
+    label: str
+    """Of its plugin."""
+    why: str
+    error: BaseException
+
+    @property
+    def sentence(self) -> str:
+        """One line without a full stop."""
+        return f"{self.entry} of plugin {self.label} {self.why}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +84,7 @@ class Clash:
     @property
     def noun(self) -> str:
         """What one entry of this kind is called."""
-        return _NOUNS[self.kind]
+        return KINDS[self.kind].noun
 
     @property
     def sentence(self) -> str:
@@ -55,8 +99,10 @@ class Lookup(Generic[E]):
 
     def __init__(self, kind: str, plugins: Plugins, *, reserved: Collection[str] = ()) -> None:
         self.kind = kind
-        self.noun = _NOUNS[kind]
+        self.noun = KINDS[kind].noun
         """What one entry is called in messages."""
+        self.broken: dict[str, Broken] = {}
+        """Entries that were passed over, by name."""
         self._plugins = plugins
         self._reserved = frozenset(reserved)
         self._claims: dict[str, list[tuple[PluginStatus, E]]] = {}
@@ -83,17 +129,97 @@ class Lookup(Generic[E]):
         return self._owned(name)[0]
 
     def load(self, name: str) -> Any:
-        """Import the target of an entry. Raises as `get` does, and PluginError if the import fails."""
-        owner, entry = self._owned(name)
+        """Import the target of an entry. Raises as `get` does, and PluginError if it cannot be used."""
+        entry, kind = self.get(name), KINDS[self.kind]
         try:
-            return entry.load()
-        except (KeyboardInterrupt, ZooError):
-            raise
+            with stdout_kept():
+                target = entry.load()
+            contract = ("class", _FUNCTION) if kind.constructed else (kind.contract, kind.needs)
+            _require(target, "the target", *contract)
         except BaseException as error:  # SystemExit too: no plugin may end zoo
-            raise PluginError(
-                f"{self.noun} '{name}' of plugin {owner.label} cannot be imported: {one_line(error)}. "
-                f"Repair it, or choose another: {', '.join(other for other in self.names() if other != name) or 'none'}"
-            ) from error
+            self._refuse(name, "imported", error)
+        return target
+
+    def make(self, name: str, *arguments: str) -> Any:
+        """Return what an entry offers: an instance of its class, or the target itself. Raises as `load` does."""
+        target, kind = self.load(name), KINDS[self.kind]
+        if not kind.constructed:
+            return target
+        try:
+            with stdout_kept():
+                made = target(*arguments)
+            _require(made, "an instance", kind.contract, kind.needs)
+        except BaseException as error:
+            self._refuse(name, "constructed", error)
+        return made
+
+    def made(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """Return what can be used of some entries, of all by default; `broken` has the others."""
+        found = {}
+        for name in self.names() if names is None else names:
+            # Tried once: the import of a broken package may take seconds each time.
+            if name not in self.broken:
+                try:
+                    if not self._wants_argument(name):
+                        found[name] = self.make(name)
+                except _Refused as refused:
+                    self._pass_over(name, refused.why, refused.__cause__ or refused)
+                except ZooError as error:
+                    self._pass_over(name, f"cannot be used: {error}", error)
+        return found
+
+    def flaw(self, name: str) -> Broken | None:
+        """Return why an entry cannot be used; None if it can, as far as can be seen before it is."""
+        self.made([name])
+        return self.broken.get(name)
+
+    def _wants_argument(self, name: str) -> bool:
+        """Return whether a scheme can only be had as `NAME:ARGUMENT`. Raises as `load` does."""
+        target = self.load(name)
+        if self.kind != "context_schemes":
+            return False
+        try:
+            parameters = list(inspect.signature(target).parameters.values())
+        except (TypeError, ValueError):
+            return False
+        return len(parameters) == 1 and parameters[0].default is inspect.Parameter.empty
+
+    def asked(self, question: Callable[[Any], Answer], options: Mapping[str, Any]) -> dict[str, Answer]:
+        """Return what each option answers. One of a third party that raises instead is passed over, into `broken`.
+
+        For choices among all: who asked for an entry by name calls it, and gets what it raises.
+        """
+        answers = {}
+        for name, option in options.items():
+            try:
+                answers[name] = question(option)
+            except (KeyboardInterrupt, ZooError):
+                raise
+            except BaseException as error:
+                if self.owner(name).source.builtin:
+                    raise
+                self._pass_over(name, f"failed when it was asked: {one_line(error)}", error)
+        return answers
+
+    def others(self, name: str) -> list[str]:
+        """Return the names that can be used instead of one."""
+        return [other for other in self.names() if other != name and other not in self.broken]
+
+    def _refuse(self, name: str, what: str, error: BaseException) -> NoReturn:
+        """Raise what is to be said of an entry that cannot be imported or constructed."""
+        # What a plugin says in an error of zoo is meant for the user.
+        if isinstance(error, (KeyboardInterrupt, ZooError)):
+            raise error
+        owner, entry = self._owned(name)
+        why = f"cannot be {what}: {entry.target}: {one_line(error)}"
+        other = f"choose another: {KINDS[self.kind].option} {', '.join(self.others(name)) or 'none'}".replace(
+            ":  ", ": "
+        )
+        said = f"{self.noun} '{name}' of plugin {owner.label} {why}"
+        raise _Refused(f"{said}. Repair it, {other}, or go without: --no-plugin {owner.name}", why) from error
+
+    def _pass_over(self, name: str, why: str, error: BaseException) -> None:
+        self.broken[name] = Broken(f"{self.noun} '{name}'", self.owner(name).label, why, error)
 
     def clashes(self) -> list[Clash]:
         """Names with more than one claimant, sorted."""
@@ -128,32 +254,44 @@ class Lookup(Generic[E]):
         return winner
 
     def _unknown(self, name: str) -> ZooError:
-        absent = would_provide(name, self._plugins.statuses)
-        if absent:
-            more = "" if absent.status == "blocked" else f" (zoo plugins info {absent.name})"
-            return PluginError(
-                f"{self.noun} '{name}' would come from plugin {absent.label}, "
-                f"which is {absent.status}: {absent.reason}{more}"
-            )
+        absent = [status for status in self._plugins.statuses if not status.ok]
+        for status in absent:
+            if normalised(name) in (normalised(status.name), normalised(status.dist)):
+                more = "" if status.status == "blocked" else f" (zoo plugins info {status.name})"
+                return PluginError(
+                    f"{self.noun} '{name}' would come from plugin {status.label}, "
+                    f"which is {status.status}: {status.reason}{more}"
+                )
         known = sorted({*self.names(), *self._reserved})
+        guess = did_you_mean(name, known)
         listed = f"known: {', '.join(known)}" if known else f"no plugin provides any {self.noun}: zoo plugins"
-        guess = did_you_mean(name, known) or "no name is near"
-        return UsageError(f"unknown {self.noun} '{name}': {guess} ({listed})")
+        said = f"unknown {self.noun} '{name}': {guess or 'no name is near'} ({listed})"
+        if guess or not absent:
+            return UsageError(said)
+        return PluginError(f"{said}; or of a plugin that is not loaded: {_listed(absent)}")
 
 
-def would_provide(name: str, statuses: Collection[PluginStatus]) -> PluginStatus | None:
-    """The plugin that is not loaded and would give this name, judged by its own name and by its unimported source."""
-    absent = [status for status in statuses if not status.ok]
-    for status in absent:
-        if _alike(name, status.name) or _alike(name, status.dist):
-            return status
-    for status in absent:
-        text = status.source.text()
-        if f'"{name}"' in text or f"'{name}'" in text:
-            return status
-    return None
+class _Refused(PluginError):
+    """An entry that was asked for and cannot be used."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
-def _alike(wanted: str, own: str) -> bool:
-    parts = set(normalised(own).split("-")) - {"zoo", "plugin", ""}
-    return bool(parts) and parts <= set(normalised(wanted).split("-"))
+def stdout_kept() -> contextlib.redirect_stdout[Any]:
+    """Keep what a plugin prints out of the command's own output, which may be somebody's pipe."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _require(value: Any, said: str, contract: str, attributes: Collection[str]) -> None:
+    """Raise TypeError if a value lacks one of the attributes that its contract has."""
+    missing = [name for name in attributes if not hasattr(value, name)]
+    if missing:
+        raise TypeError(f"{said} is a {type(value).__name__} and no {contract}: it has no {', '.join(missing)}")
+
+
+def _listed(absent: Collection[PluginStatus], most: int = 3) -> str:
+    """Return which plugins are not loaded and why, the first few of them."""
+    some = [f"{status.label}, which is {status.status}: {status.reason}" for status in list(absent)[:most]]
+    return "; ".join([*some, *([f"and {len(absent) - most} more"] if len(absent) > most else [])]) + " (zoo plugins)"

@@ -58,6 +58,7 @@ class Office:
             "rank": rank,
             "time": time.time(),
             "zoo": isinstance(error, ZooError),
+            "kind": type(error).__name__,
             "exit_code": getattr(error, "exit_code", 1),
             "message": str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}",
             "traceback": "".join(traceback.format_exception(error)),

@@ -51,30 +51,6 @@ class Source:
             return _load_file(self)
         return metadata.EntryPoint(name=self.name, value=self.value, group=GROUP).load()
 
-    def text(self) -> str:
-        """The source text, read without importing anything; empty where there is none to read."""
-        for place in [Path(self.file)] if self.file else _module_files(self.value.partition(":")[0]):
-            try:
-                return place.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                continue
-        return ""
-
-
-def _module_files(module: str) -> list[Path]:
-    # Finding a top-level package imports nothing; finding a submodule would import its parents.
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        return []
-    if not rest:
-        return [Path(spec.origin)] if spec.origin else []
-    folders = [Path(folder, *rest) for folder in spec.submodule_search_locations or ()]
-    return [place for folder in folders for place in (folder.with_suffix(".py"), folder / "__init__.py")]
-
 
 def installed_sources() -> tuple[list[Source], list[str]]:
     """The entry points of the group `zoo`, built-ins first, then by name; and notes on metadata that cannot be read."""

@@ -29,6 +29,7 @@ from zoo.core.device import accelerator_type
 from zoo.core.errors import DataError, UsageError
 from zoo.core.inventory import model_facts
 from zoo.core.job import Job, Settings
+from zoo.core.launcher_env import speaks
 from zoo.core.layout_auto import with_degrees
 from zoo.core.machine import Machine
 from zoo.core.model_answers import overridden, parsed
@@ -162,8 +163,7 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
     if not job.data.path:
         raise UsageError(f"what should {job.model.name} be trained on? Give --data FILE, DIRECTORY or GLOB")
     open_source(registry, job.data.path)
-    for tracker in job.log.track:
-        registry.trackers.get(tracker)
+    _check_trackers(job, registry)
     job, hub_config, config, longer = _for_length(job, origin, registry)
     _check_windows(job, origin, config)
     dtype = job.model.dtype if job.model.dtype != "auto" else "bfloat16" if accelerator_type() else "float32"
@@ -193,7 +193,8 @@ def prepare(job: Job, registry: Registry, *, world_size: int | None = None, mach
         *((("context", why_schemes),) if why_schemes else ()),
         *((("mask", _MASK_NOTES[job.attention.mask]),) if job.attention.mask in _MASK_NOTES else ()),
         ("memory", why_policy),
-        *((("unusual", "; ".join(job.unusual())),) if job.unusual() else ()),
+        *(("broken", sentence) for sentence in _joined(registry.passed_over())),
+        *(("unusual", sentence) for sentence in _joined(job.unusual())),
     )
     return Prepared(
         job=job,
@@ -236,6 +237,17 @@ def with_recipe(registry: Registry, *layers: Settings) -> Job:
     said = f"recipe of {entry.name} {size}"
     recipe: Settings = {key: (value, said) for key, value in entry.recipes.get(size, {}).items()}
     return Job.from_settings({"model.name": (entry.name, said), **recipe}, *layers)
+
+
+def _joined(sentences: Sequence[str]) -> list[str]:
+    """Return one sentence of all, if there are any."""
+    return ["; ".join(sentences)] if sentences else []
+
+
+def _check_trackers(job: Job, registry: Registry) -> None:
+    """Raise UsageError or PluginError for a tracker that cannot be had. Only the first rank needs them."""
+    for tracker in job.log.track if speaks() else ():
+        registry.trackers.load(tracker)
 
 
 def _check_values(job: Job) -> None:

@@ -18,7 +18,7 @@ from zoo.core.entries import (
     TrackerEntry,
 )
 from zoo.core.errors import PluginError, ZooError, one_line
-from zoo.core.lookup import Clash, Lookup
+from zoo.core.lookup import Clash, Lookup, stdout_kept
 from zoo.core.plugins import Plugins, PluginStatus
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Registry:
     def clashes(self) -> list[Clash]:
         """Every name that more than one plugin gives."""
         return [clash for lookup in self.lookups for clash in lookup.clashes()]
+
+    def passed_over(self) -> list[str]:
+        """One line for each entry that a choice left out because its plugin failed."""
+        return [broken.sentence for lookup in self.lookups for broken in lookup.broken.values()]
 
     def select_attention(self, problem: AttentionProblem, candidates: Sequence[str]) -> str | None:
         """The first choice of a plugin, None if none has one. Raises PluginError for one outside `candidates`."""
@@ -183,7 +187,8 @@ class Observers:
             if plugin.source.key in self._disabled:
                 continue
             try:
-                implementation(**arguments)
+                with stdout_kept():
+                    implementation(**arguments)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: no observer may end a run

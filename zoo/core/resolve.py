@@ -6,14 +6,14 @@ nearest layouts that nobody refuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zoo.core.answers import adapter_named, applies, check_adapter, refusal, whole_parts
 from zoo.core.choices import choose_data_parallel
 from zoo.core.context_choice import able_schemes
-from zoo.core.contracts import Layout, ModelFacts, ParallelAdapter, StatePart
+from zoo.core.contracts import Layout, ModelFacts, ParallelAdapter, ParallelAdapterEntry, StatePart
 from zoo.core.degrees import Degrees
 from zoo.core.device import accelerator_type
 from zoo.core.errors import FitError, LayoutError
@@ -26,6 +26,7 @@ from zoo.core.resolve_degrees import resolve_degrees
 from zoo.core.state_memory import state_bytes
 from zoo.core.units import format_bytes, format_count
 
+_DATA_AXES = ("dp_replicate", "dp_shard")
 _PROCESS_BYTES = 200 * 2**20
 """What a rank holds before it has any weight: an interpreter with torch."""
 
@@ -101,7 +102,7 @@ class Resolver:
         """Return the layout of these degrees, without context schemes."""
         micro_batch = job.data.micro_batch
         rows = job.data.global_batch or degrees.dp * micro_batch * degrees.pp
-        data_parallel = next((a for a in self._every_adapter if a.name == job.layout.data_parallel), ParallelAdapter)
+        data_parallel = self._data_parallel(job.layout.data_parallel) or ParallelAdapter
         return Layout(
             seq=job.data.seq,
             degrees=degrees,
@@ -116,11 +117,34 @@ class Resolver:
         )
 
     @cached_property
-    def _every_adapter(self) -> list[ParallelAdapter]:
-        return [self.registry.parallel_adapters.load(name)() for name in self.registry.parallel_adapters.names()]
+    def _made(self) -> dict[str, ParallelAdapter]:
+        """Adapters that were needed so far, by name."""
+        return {}
+
+    def _data_parallel(self, name: str) -> ParallelAdapter | None:
+        """Return the adapter that a job names for its data-parallel ranks, None if no plugin offers one."""
+        entries = self.registry.parallel_adapters
+        if name in entries and name not in self._made:
+            self._made[name] = entries.make(name)
+        return self._made.get(name)
 
     def _applying(self, layout: Layout) -> list[ParallelAdapter]:
-        return [adapter for adapter in self._every_adapter if applies(adapter, adapter.applies(layout))]
+        """Return those that apply, in the order of their names.
+
+        The modules of the others are not imported, as far as that is known before. Of those that serve `dp_shard` a job
+        names one, which may apply on one rank too, to cast.
+        """
+        entries, chosen = self.registry.parallel_adapters, layout.settings.data_parallel
+        used = {*layout.degrees.in_use()}
+        wanted = [entry.name for entry in entries if entry.name == chosen or _may_apply(entry, used)]
+        self._made.update(entries.made(name for name in wanted if name not in self._made))
+        found = [self._made[name] for name in wanted if name in self._made]
+        return [adapter for adapter in found if applies(adapter, adapter.applies(layout))]
+
+    def _broken_adapters(self) -> dict[str, str]:
+        """Return the adapter that would serve an axis and cannot be used, by axis."""
+        entries = self.registry.parallel_adapters
+        return {axis: entries.broken[e.name].sentence for e in entries if e.name in entries.broken for axis in e.axes}
 
     def _adapters(self, layout: Layout) -> list[ParallelAdapter]:
         """Return those that apply, after each of them and every plugin agreed."""
@@ -132,7 +156,7 @@ class Resolver:
                     f"axes served: {', '.join(sorted(served)) or 'none'}"
                 )
         adapters = self._applying(layout)
-        _check_applied(layout, adapters)
+        _check_applied(layout, adapters, self._broken_adapters())
         for adapter in adapters:
             check_adapter(adapter, self.registry.parallel_adapters)
             objection = refusal(adapter_named(adapter), "check", adapter.check(layout))
@@ -212,10 +236,18 @@ def _with_batch(job: Job, degrees: Degrees) -> Job:
     return job.replace("data", global_batch=wanted)
 
 
-def _check_applied(layout: Layout, adapters: Sequence[ParallelAdapter]) -> None:
+def _may_apply(entry: ParallelAdapterEntry, used: Collection[str]) -> bool:
+    """Return whether an adapter that was not named has a part in a layout of these axes."""
+    own = set(entry.axes) - (set(_DATA_AXES) if "dp_shard" in entry.axes else set())
+    return not entry.axes or bool(own & set(used))
+
+
+def _check_applied(layout: Layout, adapters: Sequence[ParallelAdapter], broken: Mapping[str, str]) -> None:
     """Every rank has a meaning: each axis in use is served, and somebody adds up gradients wherever rows are cut."""
     needed = {*layout.degrees.in_use()} | ({"dp_shard"} if layout.degrees.cp > 1 else set())
     idle = sorted(needed - {axis for adapter in adapters for axis in adapter.axes})
+    if idle and idle[0] in broken:
+        raise LayoutError(f"no adapter serves the axis '{idle[0]}': {broken[idle[0]]}; see `zoo plugins`")
     if idle:
         raise LayoutError(
             f"--data-parallel {layout.settings.data_parallel}: no adapter that applies serves the axis '{idle[0]}', so "

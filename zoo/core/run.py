@@ -55,7 +55,7 @@ class Run:
         """Mesh, data, model, weights, optimizer, and what a checkpoint knows, in this order."""
         job, path = prepared.job, prepared.out
         mesh = Mesh(prepared.layout.degrees, device.type)
-        stream = shared(lambda: prepared.open_rows(registry) if reads_data(mesh) else None)
+        stream = shared(lambda: prepared.open_rows(registry) if reads_data(mesh) else None, registry.plugins)
         compare(stream.identity if stream else None, "Give every host the same files")
         state = _build_state(prepared, mesh, device)
         meter = Meter(

@@ -57,12 +57,19 @@ class Samples:
         except ZooError:
             raise
         except Exception as error:  # a format may be anybody's
-            name = self.format_of(record)
-            raise DataError(f"{record.where}: data format {name} failed on it: {one_line(error)}") from error
+            raise self._failed(record, error) from error
         tokens, trained = sample_arrays(self.format_of(record), record, sample, self._vocab_size)
         return Document(
             tokens=tokens, trained=trained, overlong=overlong, where=record.where, remarks=tuple(sample.remarks)
         )
+
+    def _failed(self, record: Record, error: Exception) -> DataError:
+        """Return what to say of a record on which its format failed; whose it is, if it is not zoo's own."""
+        name = self.format_of(record)
+        owner = self._registry.data_formats.owner(name)
+        of, instead = ("", "") if owner.source.builtin else (f" of plugin {owner.label}", f"--no-plugin {owner.name}")
+        said = f"{record.where}: data format {name}{of} failed on it: {one_line(error)}"
+        return DataError(f"{said}. Go without it: {instead}" if instead else said)
 
     def format_of(self, record: Record) -> str:
         """Name of the record's format. Raises DataError if its columns fit none."""

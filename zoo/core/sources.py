@@ -93,12 +93,12 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
 
 def open_checkpoint(source: str, registry: Registry) -> HubCheckpoint:
     """A checkpoint by hub id or directory, in any form a plugin reads. Raises UsageError or DataError."""
-    for name in registry.converters.names():
-        converter: Converter = registry.converters.load(name)
-        path = located(converter, source)
-        if path is not None:
-            return opened(converter, path)
-    forms = ", ".join(registry.converters.names()) or "none"
+    converters: dict[str, Converter] = registry.converters.made()
+    for name, converter in converters.items():
+        for path in registry.converters.asked(lambda converter: located(converter, source), {name: converter}).values():
+            if path is not None:
+                return opened(converter, path)
+    forms = ", ".join([*registry.converters.others(""), *registry.passed_over()]) or "none"
     what = "holds no checkpoint" if Path(source).exists() else "does not exist, and is no hub id of the form owner/name"
     raise UsageError(f"{source} {what} (forms known here: {forms}; a Hugging Face directory has a config.json)")
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import yaml
 
 from zoo.core.agreement import agreed
-from zoo.core.answers import tracker
 from zoo.core.determinism import determinism
 from zoo.core.errors import NumericsError, SavedOnSignal, ZooError
 from zoo.core.job import Job
@@ -27,6 +26,7 @@ from zoo.core.run_lines import first_empty, nothing_trained, rows_read
 from zoo.core.run_lock import alone_in
 from zoo.core.saver import Saved
 from zoo.core.signals import NOTHING_YET, StopSignals, start_is_over
+from zoo.core.trackers import Trackers
 from zoo.core.voice import FirstRankVoice, Voice
 from zoo.core.watchdog import Heart
 from zoo.core.world import any_rank, process_group
@@ -192,5 +192,5 @@ def _voice(run: Run, registry: Registry) -> Voice:
     fresh = run.path / ".config.yaml.new"
     fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
     fresh.replace(run.path / "config.yaml")
-    trackers = [tracker(name, registry.trackers.load(name)(run.path)) for name in job.log.track]
+    trackers = Trackers(registry, job.log.track, run.path)
     return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)

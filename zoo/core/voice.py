@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from zoo.core.contracts import RunInfo, Tracker
+from zoo.core.contracts import RunInfo
 from zoo.core.errors import SavedOnSignal
 from zoo.core.metrics import MetricsFile
 from zoo.core.registry import Observers
+from zoo.core.trackers import Trackers
 
 
 class Voice:
@@ -34,7 +35,7 @@ class Voice:
 class FirstRankVoice(Voice):
     """Writes metrics.jsonl, calls observers and trackers, prints to stderr."""
 
-    def __init__(self, run: RunInfo, *, observers: Observers, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, run: RunInfo, *, observers: Observers, trackers: Trackers) -> None:
         self._run = run
         self._observers = observers
         self._trackers = trackers
@@ -49,8 +50,7 @@ class FirstRankVoice(Voice):
         # A number that a step does not have is null in the file, and nothing to those who take numbers.
         known = [{name: value for name, value in metrics.items() if value is not None} for metrics in steps]
         for metrics in known:
-            for tracker in self._trackers:
-                tracker.log(int(metrics["step"]), metrics)
+            self._trackers.log(int(metrics["step"]), metrics)
         if known:
             self._observers.step_end(run=self._run, step=int(known[-1]["step"]), metrics=known[-1])
 
@@ -61,8 +61,7 @@ class FirstRankVoice(Voice):
         sys.stderr.write(f"{text}\n")
 
     def ended(self, error: BaseException | None) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
         if error is None or isinstance(error, SavedOnSignal):
             self._observers.run_end(run=self._run, status="done" if error is None else "saved")
         else:

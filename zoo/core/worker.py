@@ -13,6 +13,7 @@ from zoo.core.finished import resume_after_restart
 from zoo.core.job import Job
 from zoo.core.launcher_env import own_rank
 from zoo.core.office import Office
+from zoo.core.plugin_failures import plugins_named
 from zoo.core.plugins import Plugins
 from zoo.core.train import train
 from zoo.core.watchdog import Heart
@@ -48,4 +49,6 @@ def train_as_asked(payload: dict[str, Any], _office: Office, heart: Heart) -> No
     if payload["restart"] and job.checkpoint.out is not None:
         resume = resume_after_restart(Path(job.checkpoint.out), job.checkpoint.resume)
         job = job.replace("checkpoint", resume=resume)
-    train(job, Plugins.from_resolved(payload["plugins"]), heart)
+    plugins = Plugins.from_resolved(payload["plugins"])
+    with plugins_named(plugins):
+        train(job, plugins, heart)

@@ -28,6 +28,7 @@ from zoo.core.launch import Work, launch
 from zoo.core.launcher_env import own_rank
 from zoo.core.mesh import Mesh
 from zoo.core.office import Office
+from zoo.core.plugin_failures import plugins_named
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
 from zoo.core.watchdog import Heart
@@ -116,7 +117,7 @@ def time_schemes(trial: Trial, registry: Registry) -> dict[str, Timing]:
     with process_group() as device:
         mesh = Mesh(Degrees(cp=dist.get_world_size()), device.type)
         link = Link(mesh["cp"].get_group())
-        backend: AttentionBackend = registry.attention.load(trial.backend)()
+        backend: AttentionBackend = registry.attention.make(trial.backend)
         steps = {name: _step(name, trial, registry, backend, link, device) for name in trial.schemes}
         found: dict[str, list[list[float]]] = {name: [] for name in steps}
         for turn in range(trial.repeats + 1):
@@ -175,6 +176,7 @@ def measure_as_asked(payload: dict[str, Any], office: Office, heart: Heart) -> N
     """Time schemes as one rank of a launcher; rank 0 leaves the answer."""
     heart.enters("measuring")
     trial, plugins = Trial.from_plain(payload["trial"]), Plugins.from_resolved(payload["plugins"])
-    found = time_schemes(trial, Registry(plugins))
+    with plugins_named(plugins):
+        found = time_schemes(trial, Registry(plugins))
     if own_rank() == 0:
         office.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))
