@@ -249,9 +249,9 @@ def test_an_object_has_the_name_of_its_entry():
 
 
 def test_what_a_tracker_can_do():
-    assert answers.tracker("mine", SimpleNamespace(log=len, close=len))
+    assert answers.checked_tracker("mine", SimpleNamespace(log=len, close=len))
     for found in (None, SimpleNamespace(log=len), SimpleNamespace(log=len, close=3)):
-        refused(lambda found=found: answers.tracker("mine", found), "tracker 'mine'", "log and close")
+        refused(lambda found=found: answers.checked_tracker("mine", found), "tracker 'mine'", "log and close")
 
 
 def test_an_adapter_is_what_its_entry_says():

@@ -56,15 +56,12 @@ def hook(line):
 
 
 def adapter(line):
-    return f"class Mine:\n    name, axes, phase = 'mine', ('dp_shard',), Phase.WRAP\n{USUAL}    {line}\n"
+    return (
+        f"class Mine(ParallelAdapter):\n    name, axes, phase = 'mine', ('dp_shard',), Phase.WRAP\n{USUAL}    {line}\n"
+    )
 
 
-USUAL = (
-    "    def check(self, request): return None\n"
-    "    def applies(self, degrees, setup): return True\n"
-    "    def apply(self, model, plan, mesh, setup): return model\n"
-    "    def shard_batch(self, batch, mesh, setup): return batch\n"
-)
+USUAL = "    def applies(self, layout): return True\n"
 
 PLANNED = {
     "a field of RoPE": (
@@ -115,15 +112,15 @@ PLANNED = {
         ("memory policy 'mine'", "saved_bytes", "-1"),
     ),
     "whether an adapter applies": (
-        (ADAPTER, adapter("def applies(self, degrees, setup): pass"), ""),
+        (ADAPTER, adapter("def applies(self, layout): pass"), "--data-parallel mine"),
         ("parallel adapter 'mine'", "applies", "None"),
     ),
     "why an adapter cannot": (
-        (ADAPTER, adapter("def check(self, request): return False"), ""),
+        (ADAPTER, adapter("def check(self, layout): return False"), "--data-parallel mine"),
         ("parallel adapter 'mine'", "check", "False"),
     ),
     "what stays whole": (
-        (ADAPTER, adapter("def whole(self, setup): return ['moments']"), ""),
+        (ADAPTER, adapter("def whole(self, layout): return ['moments']"), "--data-parallel mine"),
         ("parallel adapter 'mine'", "whole", "moments"),
     ),
     "where a checkpoint is": (
@@ -156,7 +153,7 @@ TRAINED = {
         ("attention backend 'mine'", "rectangle_forward", "lse bfloat16", "float32 or wider"),
     ),
     "a changed model": (
-        (ADAPTER, adapter("def apply(self, *_): pass"), ""),
+        (ADAPTER, adapter("def apply(self, *_): pass"), "--data-parallel mine"),
         ("parallel adapter 'mine'", "apply", "None", "the model"),
     ),
     "a policy's model": (
@@ -164,12 +161,8 @@ TRAINED = {
         ("memory policy 'mine'", "apply", "None", "the model"),
     ),
     "a batch": (
-        (ADAPTER, adapter("def shard_batch(self, *_): pass"), ""),
+        (ADAPTER, adapter("def shard_batch(self, *_): pass"), "--data-parallel mine"),
         ("parallel adapter 'mine'", "shard_batch", "None", "a Batch"),
-    ),
-    "a tracker": (
-        (TRACKER, "def Mine(path): return None\n", "--track mine"),
-        ("tracker 'mine'", "returned None", "log and close"),
     ),
     "a loss": (
         (
@@ -195,7 +188,9 @@ def said(distributions, tmp_path, monkeypatch, capsys):
         model = "odd" if plugin == FAMILY else "llama3"
         usual = ["--data", "a.jsonl", *(["--seq", "64"] if "--seq" not in words else [])]
         status = main([command, model, *usual, *words.split()])
-        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error:")]
+        error = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith(("Error:", "warning: tracker"))
+        ]
         return status, error
 
     return run
@@ -225,3 +220,11 @@ def test_right_answers_are_taken(said):
     plugin = FAMILY
     status, error = said("finetune", plugin, spec(), "--steps 1 --set log.peak_tflops=1")
     assert (status, error) == (0, [])
+
+
+def test_a_tracker_that_is_none_is_disabled_and_the_run_goes_on(said):
+    words = "--track mine --steps 1 --set log.peak_tflops=1"
+    status, (line,) = said("finetune", TRACKER, "def Mine(path): return None\n", words)
+    assert status == 0
+    for word in ("tracker 'mine'", "returned None", "log and close", "disabled"):
+        assert word in line

@@ -167,19 +167,20 @@ def test_an_error_for_the_user_passes_unchanged(registry):
 
 
 def test_every_objection_to_a_layout_is_heard(registry):
-    objecting = "@hookimpl\ndef zoo_check_layout(request): return '{}' or None"
+    objecting = "@hookimpl\ndef zoo_check_layout(layout): return '{}' or None"
     found = registry(
         ("zoo-one", objecting.format("no")),
         ("zoo-two", objecting.format("")),
         ("zoo-three", objecting.format("never")),
-        # The families' own objections look into a request, and there is none.
+        # The families' own objections look into a layout, and there is none.
         block=[status.name for status in Plugins.load(only=[]).statuses if "models" in status.entries],
     )
     assert sorted(found.check_layout(None)) == [("one (zoo-one 1.0)", "no"), ("three (zoo-three 1.0)", "never")]
 
 
 def test_an_objection_that_is_no_sentence_is_an_error(registry):
-    found = registry(("zoo-one", "@hookimpl\ndef zoo_check_layout(request): return True"))
+    families = [status.name for status in Plugins.load(only=[]).statuses if "models" in status.entries]
+    found = registry(("zoo-one", "@hookimpl\ndef zoo_check_layout(layout): return True"), block=families)
     with pytest.raises(PluginError, match="answered zoo_check_layout with True"):
         found.check_layout(None)
 

@@ -79,7 +79,10 @@ def adapter(name, method, code="raise ValueError('boo')"):
     """An adapter of data parallelism that applies on one rank too."""
     bodies = {"check": "return None", "applies": "return True", "apply": "return a[0]", "shard_batch": "return a[0]"}
     lines = [f"    def {m}(self, *a, **k): {c}" for m, c in (bodies | {method: code}).items()]
-    rest = f"class Mine:\n    name = {name!r}\n    axes = ('dp_shard',)\n    phase = Phase.WRAP\n" + "\n".join(lines)
+    rest = (
+        f"class Mine(ParallelAdapter):\n    name = {name!r}\n    axes = ('dp_shard',)\n    phase = Phase.WRAP\n"
+        + "\n".join(lines)
+    )
     return offering("parallel_adapters", name, rest, more=", axes=('dp_shard',)")
 
 

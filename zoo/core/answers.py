@@ -73,7 +73,7 @@ def named(noun: str, name: str, found: Any) -> Any:
     return found
 
 
-def tracker(name: str, found: Any) -> Any:
+def checked_tracker(name: str, found: Any) -> Any:
     """Return what the target of a tracker gave for a run directory."""
     if not all(callable(getattr(found, method, None)) for method in ("log", "close")):
         raise wrong(f"tracker '{name}'", "its target", shown(found), "an object with log and close")

@@ -35,7 +35,11 @@ class _Kind(NamedTuple):
 _MODEL = ("name", "parse", "hub_config", "build", "plan", "flops_per_token")
 _ATTENTION = ("name", "supports", "forward", "backward")
 _SCHEME = ("name", "splits_rows", "check", "plan", "forward", "backward")
-_ADAPTER = ("name", "axes", "phase", "check", "applies", "apply", "shard_batch")
+_ADAPTER = (
+    *("name", "axes", "phase", "keeps_weights_for_a_step", "check", "applies", "apply", "shard_batch"),
+    *("forward_backward", "begin_microbatch", "complete_gradients", "whole", "account"),
+)
+"""What a subclass of ParallelAdapter has, but for names it must give itself."""
 _POLICY = ("name", "apply", "saved_bytes")
 _CONVERTER = ("name", "locate", "open", "export")
 _FUNCTION = ("__call__",)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.core.answers import checked_tracker
 from zoo.core.contracts import Tracker
 from zoo.core.errors import one_line
 from zoo.core.lookup import stdout_kept
@@ -20,7 +21,9 @@ class Trackers:
         self._registry = registry
         self._working: dict[str, Tracker] = {}
         for name in names:
-            made = self._called(name, "its construction", lambda name=name: registry.trackers.load(name)(run))
+            made = self._called(
+                name, "its construction", lambda name=name: checked_tracker(name, registry.trackers.load(name)(run))
+            )
             if made is not None:
                 self._working[name] = made
 

@@ -18,7 +18,7 @@ from zoo.core.attention.answers import check_attention, check_gradients, is_firs
 from zoo.core.attention.merge import accumulation_dtype, merge_
 from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
 
-Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 MAX_STACKED_AREA = 1 << 14
 """Rectangles of at most this many scores are computed side by side; in larger ones a call costs nothing to speak of."""
@@ -113,7 +113,7 @@ class RectangleBackend(ABC):
             check_attention(self, "rectangle_forward", result, q)
         return result
 
-    def _backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *final: Tensor, **how: Any) -> Gradients:
+    def _backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *final: Tensor, **how: Any) -> _Gradients:
         """As `_forward`; `final` is out and lse of the whole row."""
         grads = self.rectangle_backward(dout, q, k, v, *final, **how)
         if is_first(self, "rectangle_backward"):
