@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
 import sys
 
-from zoo.core import signals
-from zoo.core.lasting_output import open_closed_streams, outlive_readers
-from zoo.core.launcher_env import said_rank
-from zoo.core.watchdog import DEFAULT_TIMEOUT_S
+
+def _leave_out_working_directory() -> None:
+    """Take what `python -m` puts first off `sys.path`, unless zoo itself is there: `zoo` does not have it either.
+
+    A `random.py` or `yaml.py` that happens to lie where somebody types a command is no module of zoo's.
+    """
+    if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
+        del sys.path[0]
+
+
+if __name__ == "__main__":
+    _leave_out_working_directory()
+
+# Below that, for these import most of the standard library.
+import faulthandler  # noqa: E402
+import signal  # noqa: E402
+
+from zoo.core import signals  # noqa: E402
+from zoo.core.lasting_output import open_closed_streams, outlive_readers  # noqa: E402
+from zoo.core.launcher_env import said_rank  # noqa: E402
+from zoo.core.watchdog import DEFAULT_TIMEOUT_S  # noqa: E402
 
 
 def main() -> int:

@@ -259,3 +259,18 @@ def test_a_layout_that_cannot_be_drawn_is_refused(zoo, words, says):
     status, out, err = zoo("plan", *words)
     assert (status, out) == (2, "")
     assert says in err
+
+
+@pytest.mark.parametrize("name", ["random.py", "yaml.py", "numpy/__init__.py", "torch.py", "click.py"])
+def test_modules_of_the_working_directory_are_not_zoos(name, tmp_path):
+    """`python -m` looks for modules there first; `zoo`, and the ranks that either starts, do not."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("raise RuntimeError('not the library')\n")
+    command = [sys.executable, "-m", "zoo", "plan", "--layout-only", "--cp", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=_with_zoo(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def _with_zoo():
+    """The environment in which Python finds this zoo from any directory."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -137,6 +137,17 @@ def no_samples(folder):
 
 
 WRONG = [other_columns, refusing_template, no_samples]
+
+
+def another_size(_model):
+    return 2, ["--size", "8b"], ["--size 8b is not what", "its hidden_size is ", "and 4096 of 8b. Leave out --size"]
+
+
+def no_size(_model):
+    return 2, ["--size", "8bn"], ["--size 8bn is not what", "llama3 has no such size. Leave out --size"]
+
+
+WRONG += [another_size, no_size]
 WRONG += [no_template, broken_template, broken_tokenizer, unknown_format, no_such_run, lost_tensor, other_shape]
 
 

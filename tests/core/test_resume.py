@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import typing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -163,3 +165,22 @@ def test_the_docs_name_every_setting_that_cannot_change():
     table = page.partition("## Resuming")[2].partition("## What numbers")[0]
     named = {key for key in FIELDS if f"`{key}`" in table and f"| `{key}`" in table.replace(", `", "| `")}
     assert named == {key for key, how in FIELDS.items() if how is REFUSED}
+
+
+@pytest.mark.parametrize("name", [".config.yaml.new", "metrics.jsonl.new"])
+def test_a_disk_that_is_full_at_the_start_is_one_line(name, tmp_path, capsys):
+    """/dev/full answers as a full disk does; the error of `write` names no file."""
+    model, data = small_runs.llama(tmp_path / "model"), small_runs.completions(tmp_path / "data.jsonl")
+    assert small_runs.finetune(model, data, tmp_path / "run", "--steps", 1) == 0
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    assert small_runs.finetune(model, data, tmp_path / "run", "--steps", 2) == 5
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"Error: {tmp_path}/run cannot be written: No space left on device; see to the disk")
+
+
+def test_a_file_system_that_is_read_only_is_named(tmp_path, capsys, monkeypatch):
+    model, data = small_runs.llama(tmp_path / "model"), small_runs.completions(tmp_path / "data.jsonl")
+    monkeypatch.setattr(os, "statvfs", lambda _path: mock.Mock(f_flag=os.ST_RDONLY))
+    assert small_runs.finetune(model, data, tmp_path / "run", "--steps", 1) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("run: Read-only file system; give another --out")

@@ -93,6 +93,23 @@ def test_a_killed_rank_is_started_again_and_a_warning_of_the_cluster_saves(undis
     assert found == undisturbed[: len(found)]
 
 
+def test_a_run_of_one_process_is_started_again_too(tmp_path):
+    plugin = tmp_path / "dies.py"
+    plugin.write_text(
+        "import os, signal, zoo\n"
+        "@zoo.hookimpl\n"
+        "def zoo_step_end(run, step, metrics):\n"
+        "    if step == 2 and not (run.path / 'died').exists():\n"
+        "        (run.path / 'died').touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    job = ("llama3", "--seq", "64", "--steps", "3", "--save-every", "1", "--set", "checkpoint.async=false")
+    _, err = zoo("--plugin", plugin, "finetune", *job, "--max-restarts", "1", "--out", tmp_path / "run")
+    assert "rank 0 was killed by SIGKILL (often: out of memory). Restart 1 of 1." in err
+    assert "from step 1 of 3" in err
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
 @pytest.mark.dist
 def test_a_rank_that_hangs_is_named(tmp_path):
     run = tmp_path / "run"

@@ -384,7 +384,7 @@ def test_a_system_message_may_have_a_column(sample):
         ({"question": "a", "answer": "b"}, "rename them prompt and completion"),
         ({"messages": [USER, {"role": "assistant", "content": {"text": "x"}}]}, "message 2 of column messages needs a"),
         ({"messages": [USER, {"role": "assistant", "content": 4}]}, "message 2 of column messages needs a content"),
-        ({"messages": [USER, {"role": None, "content": "x"}]}, "must be an object with a role"),
+        ({"messages": [USER, {"role": None, "content": "x"}]}, "an object with content, role, whose role is null"),
         (
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, FOUR]},
             "message 1: part 1 of its content is of type 'image_url'; only text is trained on",
@@ -396,6 +396,8 @@ def test_a_system_message_may_have_a_column(sample):
         ({"messages": [USER, {**FOUR, "reasoning": ["x"]}]}, "reasoning must be text, not a list"),
         ({"messages": [USER, FOUR], "tools": {"name": "f"}}, "column tools must be a list, not an object"),
         ({"messages": [USER, FOUR], "tools": ["{"]}, "an entry of column tools is text that is not JSON"),
+        ({"messages": [USER, FOUR], "tools": [None]}, "entry 1 of column tools must be an object, not null"),
+        ({"messages": [USER, FOUR], "functions": [{"name": "f"}, 4]}, "entry 2 of column functions must be an object"),
         ({"messages": None, "meta": 1}, "its columns (meta) fit no data format"),
         ({"text": None}, "all its columns (text) hold null; take it out"),
         ({"text": 4}, "column text must be a string, not a number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -190,6 +191,10 @@ def test_the_fingerprint_follows_names_sizes_and_content(tmp_path):
         (b'{"text": "\xff"}', "byte 41 of the file is not UTF-8"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a": ' + b"1" * 5000 + b"}", "a number has too many digits to be read; write it as a string"),
+        (b'{"text": "a", "x": {"k": 1, "l": 2, "k": 1}}', "an object has the key 'k' twice; leave one of them"),
+        (b"\0" * 100, "the line has NUL bytes: if the file is UTF-16, save it as UTF-8 (iconv"),
+        ('{"text": "a"}'.encode("utf-16"), "the line has NUL bytes: if the file is UTF-16"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), "the file is compressed by gzip; unpack it"),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path, line, says):

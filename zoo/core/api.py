@@ -125,7 +125,7 @@ def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say:
         return out
     if job.log.peak_tflops is None:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.layout.dtype, ranks))
-    if ranks == 1:
+    if ranks == 1 and not job.launch.max_restarts:  # else there must be somebody who starts it again
         return train(job, plugins, Heart())
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},

@@ -53,13 +53,16 @@ def _lock_file(run: Path) -> IO[str]:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for folder in (run, checkpoints):
+            if os.statvfs(folder).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         lock = run / ".lock"
         # In a copy it may be read-only or somebody else's; it is locked all the same.
         return lock.open("r" if lock.exists() and not os.access(lock, os.W_OK) else "a")
     except OSError as error:
+        # No chmod helps where nothing can be written at all.
+        mend = "" if error.errno == errno.EROFS else f"make it yours and writable (chmod -R u+w {quote(str(run))}), or "
         raise UsageError(
-            f"the run cannot be written: {error.filename}: {error.strerror}; make it yours and writable "
-            f"(chmod -R u+w {quote(str(run))}), or give another --out"
+            f"the run cannot be written: {error.filename}: {error.strerror}; {mend}give another --out"
         ) from None

@@ -21,6 +21,9 @@ from zoo.core.tokenizer_files import has_vocabulary
 SCRATCH = "scratch"
 """`--from scratch`: random weights."""
 
+_SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+"""What models of one family and another size differ in; the vocabulary or the context may differ within a size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -80,6 +83,8 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
     if source is None:
         raise UsageError(f"{entry.name} {size} has no published checkpoint; give --from DIR, or --from {SCRATCH}")
     checkpoint = None if source == SCRATCH else _opened(source, entry, registry)
+    if checkpoint and job.model.source:
+        _check_size(job.model.size, checkpoint, entry)
     hub_config = checkpoint.config if checkpoint else entry.sizes[size]
     return Origin(
         entry=entry,
@@ -88,6 +93,24 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
         checkpoint=checkpoint,
         hub_config=_overridden(hub_config, job, spec),
         tokenizer_path=_tokenizer_path(entry, checkpoint),
+    )
+
+
+def _check_size(size: str | None, checkpoint: HubCheckpoint, entry: ModelEntry) -> None:
+    """Raise UsageError if `--size` names another model than `--from` holds: its recipe and name would be wrong."""
+    if not size:
+        return
+    meant, found = entry.sizes.get(size), checkpoint.config
+    names = [name for name in _SIZE_FIELDS if meant and name in meant and name in found and meant[name] != found[name]]
+    if meant is not None and not names:
+        return
+    what = (
+        f"its {names[0]} is {found[names[0]]}, and {meant[names[0]]} of {size}"
+        if meant
+        else f"{entry.name} has no such size"
+    )
+    raise UsageError(
+        f"--size {size} is not what {checkpoint.path} holds: {what}. Leave out --size: with --from, any size is trained"
     )
 
 

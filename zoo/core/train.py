@@ -14,7 +14,7 @@ import yaml
 
 from zoo.core.agreement import agreed
 from zoo.core.determinism import determinism
-from zoo.core.errors import NumericsError, SavedOnSignal, ZooError
+from zoo.core.errors import DataError, NumericsError, SavedOnSignal, ZooError, one_line
 from zoo.core.job import Job
 from zoo.core.launch import inside_launcher
 from zoo.core.numerics import first_of_ranks, traced
@@ -187,10 +187,24 @@ def _heard(ended: Sequence[Saved], voice: Voice) -> None:
 
 
 def _voice(run: Run, registry: Registry) -> Voice:
-    """The voice of rank 0; leaves config.yaml on the way."""
+    """The voice of rank 0; leaves config.yaml on the way. Raises DataError if the run's files cannot be written."""
     job = run.prepared.job
-    fresh = run.path / ".config.yaml.new"
-    fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
-    fresh.replace(run.path / "config.yaml")
+    with _writable(run.path):
+        fresh = run.path / ".config.yaml.new"
+        fresh.write_text(yaml.safe_dump(job.settings(), sort_keys=False))
+        fresh.replace(run.path / "config.yaml")
     trackers = Trackers(registry, job.log.track, run.path)
-    return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)
+    with _writable(run.path):
+        return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn what the disk says inside `with` into a DataError that names the run."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or one_line(error)}; see to the disk and type the same command "
+            "again, or give another --out"
+        ) from None

@@ -8,23 +8,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from itertools import count
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import HashStore
 
 from zoo.core.device import accelerator_type, num_accelerators
 from zoo.core.errors import UsageError
-from zoo.core.launcher_env import STORE_FILE, OuterRank
-
-_PATIENCE = timedelta(days=7)
-"""torch's own timeouts. Who hangs is the watchdog's affair, which says more, and knows of jobs that are suspended."""
-
-_SAME_STORE = (STORE_FILE, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-_STORES: dict[tuple[str, ...], tuple[Store, Iterator[int]]] = {}
+from zoo.core.launcher_env import OuterRank
+from zoo.core.meeting import PATIENCE, meeting_place
 
 
 @contextmanager
@@ -42,10 +34,10 @@ def process_group() -> Iterator[torch.device]:
     with without_names() if alone else nullcontext():
         dist.init_process_group(
             "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}",
-            store=_meeting_place(outer) if outer and outer.world_size > 1 else HashStore(),
+            store=meeting_place(outer) if outer and outer.world_size > 1 else HashStore(),
             rank=outer.rank if outer else 0,
             world_size=outer.world_size if outer else 1,
-            timeout=_PATIENCE,
+            timeout=PATIENCE,
         )
         try:
             if kind != "cpu":
@@ -83,22 +75,6 @@ def _device() -> torch.device:
     return torch.device(kind, outer.device_index(num_accelerators()) if outer else 0)
 
 
-def _meeting_place(outer: OuterRank) -> Store:
-    """Return the launcher's store, under a prefix of its own for each group that this process joins.
-
-    The addresses that ranks left there for a group before are no good any more. The store itself is kept: rank 0 may
-    serve it, and a second server would have to wait for the port.
-    """
-    key = tuple(os.environ.get(name, "") for name in _SAME_STORE)
-    if key not in _STORES:
-        file = os.environ.get(STORE_FILE)
-        store = FileStore(file, outer.world_size) if file else next(rendezvous("env://", timeout=_PATIENCE))[0]
-        _STORES[key] = store, count()
-    store, numbers = _STORES[key]
-    store.set_timeout(_PATIENCE)
-    return PrefixStore(f"zoo-{next(numbers)}", store)
-
-
 def forget_meshes() -> None:
     """Clear what DTensor caches by mesh: equal meshes of the next world would name groups of this one."""
     if "torch.distributed.tensor._redistribute" not in sys.modules:
@@ -123,7 +99,7 @@ def any_rank(asked: bool) -> bool:
 
 def host_group() -> dist.ProcessGroup:
     """All ranks over gloo once more, for what a thread does beside the step; collective."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
     return group
 
 

@@ -129,8 +129,8 @@ def template_variables(record: Record) -> dict[str, Any]:
     kwargs = _parsed(record, "chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise DataError(f"{record.where}: column chat_template_kwargs must be an object, not {described(kwargs)}")
-    functions = _listed(record, "functions")
-    tools = _listed(record, "tools") or [{"type": "function", "function": one} for one in functions or ()]
+    functions = _objects(record, "functions")
+    tools = _objects(record, "tools") or [{"type": "function", "function": one} for one in functions or ()]
     given = {"tools": tools or None, "documents": _listed(record, "documents"), **(kwargs or {})}
     return {name: value for name, value in given.items() if value is not None and name not in _OWN_VARIABLES}
 
@@ -164,6 +164,16 @@ def _holds_null(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(item is None or _holds_null(item) for item in value.values())
     return isinstance(value, list) and any(map(_holds_null, value))
+
+
+def _objects(record: Record, column: str) -> list[Any] | None:
+    """Return `_listed` of a column whose entries must be objects."""
+    found = _listed(record, column)
+    for number, one in enumerate(found or (), start=1):
+        if not isinstance(one, Mapping):
+            what = f"entry {number} of column {column} must be an object, not {described(one)}"
+            raise DataError(f"{record.where}: {what}")
+    return found
 
 
 def _listed(record: Record, column: str) -> list[Any] | None:

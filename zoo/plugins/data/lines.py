@@ -14,7 +14,7 @@ from zoo.plugins.data.turns import described
 MAX_LINE_BYTES = 1 << 28
 """A longer line is taken for a mistake, and is not read into memory."""
 
-_BOM = b"\xef\xbb\xbf"
+_BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,16 @@ def _first_line(file: BinaryIO, start: int, stop: int) -> int:
 
 def _fields(line: bytes, where: Line) -> dict[str, Any]:
     try:
-        value = json.loads(line.removeprefix(_BOM).rstrip().decode("utf-8"))
+        value = json.loads(line.removeprefix(_BOM).rstrip().decode("utf-8"), object_pairs_hook=_object)
+    except _KeyTwice as error:
+        raise DataError(f"{where}: an object has the key {str(error)!r} twice; leave one of them") from None
     except UnicodeDecodeError as error:
         at = where.start + error.start
-        raise DataError(f"{where}: byte {at} of the file is not UTF-8; save it as UTF-8") from None
+        reason = _no_lines(line) or f"byte {at} of the file is not UTF-8; save it as UTF-8"
+        raise DataError(f"{where}: {reason}") from None
     except json.JSONDecodeError as error:
-        reason = f"not JSON at column {error.colno}: {error.msg}"
-        raise DataError(f"{where}: {reason}; write one JSON object a line") from None
+        reason = _no_lines(line) or f"not JSON at column {error.colno}: {error.msg}; write one JSON object a line"
+        raise DataError(f"{where}: {reason}") from None
     except RecursionError:
         raise DataError(f"{where}: brackets are nested too deep; write one flat JSON object a line") from None
     except ValueError:  # of Python's own: an integer of thousands of digits
@@ -83,3 +86,28 @@ def _fields(line: bytes, where: Line) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f'{where}: {described(value)}, not an object; write it as {{"text": ...}}')
     return value
+
+
+class _KeyTwice(ValueError):
+    """A key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object. JSON does not say which of two equal keys counts, so there is no right choice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _no_lines(line: bytes) -> str:
+    """Say what bytes that are no JSON are, and what to do about them, if that is known."""
+    if line.startswith(_GZIP):
+        return "the file is compressed by gzip; unpack it"
+    if b"\0" in line:
+        return (
+            "the line has NUL bytes: if the file is UTF-16, save it as UTF-8 (iconv -f utf-16 -t utf-8); if its "
+            "writer was ended early, take the line out"
+        )
+    return ""

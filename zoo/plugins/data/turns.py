@@ -85,6 +85,8 @@ def _message(value: Any, column: str, where: str) -> Message:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         from_value = isinstance(value, Mapping) and {"from", "value"} <= set(value)
         hint = "; rename from and value, human and gpt to role and content, user and assistant" if from_value else ""
+        if isinstance(value, Mapping) and "role" in value:
+            hint = f", whose role is {described(value['role'])}"
         raise DataError(
             f"{where} of column {column} must be an object with a role and a content, not {described(value)}{hint}"
         )
