@@ -12,6 +12,7 @@ import pytest
 
 import zoo
 from tests.distributed.pooled_command import joined_in_turn
+from tests.patience import PATIENCE_S
 from zoo.core.metrics import read_metrics
 
 pytestmark = pytest.mark.dist
@@ -71,7 +72,7 @@ def test_ranks_import_what_a_program_imports_and_nothing_of_the_working_director
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
