@@ -27,8 +27,7 @@ def account_tensor(account: Account) -> None:
         _hidden(account, batch, styles)
         if account.is_last:
             _loss(account, batch)
-    if account.layout.settings.sequence_parallel:
-        account.afterwards.append(lambda: _uncut(account))
+    account.afterwards.append(lambda: _parts(account, styles))
 
 
 def _styles(account: Account) -> dict[str, TensorStyle]:
@@ -97,9 +96,16 @@ def _loss(account: Account, batch: Microbatch) -> None:
         account.add("all_reduce", "tp", "counts of a row", account.experts.num_experts * COUNT_BYTES)
 
 
-def _uncut(account: Account) -> None:
-    """What is whole on every rank saw the rank's own tokens: what data parallelism left of its gradient is summed."""
-    left = [weight.values for weight in account.weights.values() if "tp" not in weight.mesh and weight.values]
+def _parts(account: Account, styles: Mapping[str, TensorStyle]) -> None:
+    """What data parallelism left of gradients that are parts is summed: of all that is whole under sequence
+    parallelism, for a rank saw its own tokens, otherwise of what works on heads.
+    """
+    everything = account.layout.settings.sequence_parallel
+    left = [
+        weight.values
+        for name, weight in account.weights.items()
+        if "tp" not in weight.mesh and weight.values and (everything or styles.get(name.rpartition(".")[0]) == "heads")
+    ]
     messages = len(list(in_messages(left, int, lambda _values: account.layout.master_dtype)))
     payload = sum(left) * max(4, account.master_bytes)
     account.add("all_reduce", "tp", "gradients of what is whole", payload, messages=messages)
