@@ -14,14 +14,13 @@ from importlib import metadata
 from types import FrameType
 from typing import NamedTuple
 
-import zoo
 from zoo.core.entries import load_target
 from zoo.core.errors import PluginFailed, ZooError, error_of, one_line
 from zoo.core.launcher_env import said_rank
 from zoo.core.lookup import KINDS, Lookup
 from zoo.core.plugins import Plugins, PluginStatus
 
-_ZOO = os.path.dirname(os.path.realpath(zoo.__file__)) + os.sep
+_ZOO = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
 
 
 @contextlib.contextmanager
