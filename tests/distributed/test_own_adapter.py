@@ -12,12 +12,14 @@ from zoo.core.registry import Registry
 
 PLUGIN = """
 from zoo import hookimpl
-from zoo.core.contracts import ParallelAdapterEntry
+from zoo import ParallelAdapterEntry
+
+AXES = ("dp_replicate", "dp_shard")
 
 @hookimpl
 def zoo_register_parallel_adapters():
     return [
-        ParallelAdapterEntry(name=name, target=f"tests.distributed.own_adapter:{kind}", axes=("dp_shard",))
+        ParallelAdapterEntry(name=name, target=f"tests.distributed.own_adapter:{kind}", axes=AXES)
         for name, kind in (("own-replicas", "OwnReplicas"), ("own-optimizer", "OwnOptimizer"))
     ]
 """
