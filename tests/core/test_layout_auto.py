@@ -69,7 +69,7 @@ def test_every_size_gets_a_layout_or_the_number_of_devices_it_takes(family, size
         with pytest.raises(FitError):
             with_degrees(job, case.on(nodes(least // 2)))
         return
-    degrees = case.check(chosen).degrees
+    degrees = case.check(chosen).layout.degrees
     assert degrees.world_size == devices
     assert degrees.mapping() == {axis: getattr(chosen.layout, axis) for axis in (*AXES, "ep")}
     assert chosen.layout.degrees is None
@@ -96,7 +96,7 @@ def test_what_is_chosen_is_never_refused_and_keeps_what_was_given(size, seq, dev
     if refused:
         assert re.fullmatch("--layout auto: .*", refused)
         return
-    assert case.check(chosen).degrees.world_size == devices
+    assert case.check(chosen).layout.degrees.world_size == devices
     assert all(getattr(chosen.layout, axis) == degree for axis, degree in said.items() if degree is not None)
     assert with_degrees(job, dataclasses.replace(case)) == (chosen, notes)
 
