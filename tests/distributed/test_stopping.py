@@ -65,7 +65,12 @@ def test_a_signal_while_modules_are_imported_ends_the_start(plugin, tmp_path, nu
     blocked = plugin("open(os.environ['BLOCKED'], 'w').close()\ntime.sleep(600)")
     words = [sys.executable, "-m", "zoo", *JOB, "--out", run, "--plugin", blocked]
     more = {"BLOCKED": str(tmp_path / "blocked"), "ZOO_STATUS_FILE": str(status)} | environment
-    process = subprocess.Popen(words, env=os.environ | more, stderr=subprocess.PIPE, text=True)
+    # Whoever starts the tests under nohup has them start everything with SIGHUP ignored.
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(words, env=os.environ | more, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, old)
     wait_until((tmp_path / "blocked").exists, process)
     process.send_signal(number)
     _, err = process.communicate()
