@@ -27,6 +27,14 @@ from zoo.core.signals import NOTHING_YET
 JOB = ("finetune", "llama3", "--seq", "256", "--save-every", "1")
 
 
+@pytest.fixture(autouse=True)
+def hears_sighup():
+    """Whoever starts the tests under nohup has them, and all that they start, ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def plugin(tmp_path):
     """A function from Python lines to a plugin file of them."""
@@ -65,12 +73,7 @@ def test_a_signal_while_modules_are_imported_ends_the_start(plugin, tmp_path, nu
     blocked = plugin("open(os.environ['BLOCKED'], 'w').close()\ntime.sleep(600)")
     words = [sys.executable, "-m", "zoo", *JOB, "--out", run, "--plugin", blocked]
     more = {"BLOCKED": str(tmp_path / "blocked"), "ZOO_STATUS_FILE": str(status)} | environment
-    # Whoever starts the tests under nohup has them start everything with SIGHUP ignored.
-    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        process = subprocess.Popen(words, env=os.environ | more, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGHUP, old)
+    process = subprocess.Popen(words, env=os.environ | more, stderr=subprocess.PIPE, text=True)
     wait_until((tmp_path / "blocked").exists, process)
     process.send_signal(number)
     _, err = process.communicate()
