@@ -14,7 +14,8 @@ import pytest
 from tests.patience import PATIENCE_S
 from tools.fuzz_cases import Case, bases, mutate
 from tools.fuzz_conversion import Fuzz, Watch
-from zoo.conversion import directory, files, strict_json
+from zoo.conversion import files, strict_json, transfer
+from zoo.core.errors import UsageError
 from zoo.core.plugins import Plugins
 from zoo.core.registry import Registry
 
@@ -84,7 +85,9 @@ def test_it_sees_a_file_from_outside(fuzz, whole, monkeypatch):
 
 
 def test_it_sees_lines_that_are_none(fuzz, whole, monkeypatch):
-    monkeypatch.setattr(directory, "_check_kind", lambda *_: None)
-    config = json.loads(whole[0]["config.json"]) | {"model_type": "a" * 2000}
-    fuzz.run(Case(whole[0] | {"config.json": json.dumps(config).encode()}), "case", "config")
+    def refuse(*_):
+        raise UsageError("a" * 2000)
+
+    monkeypatch.setattr(transfer, "family_of", refuse)
+    fuzz.run(Case(whole[0]), "case", "config")
     assert "no single printable line" in fuzz.failures[0]

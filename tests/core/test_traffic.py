@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from zoo.cli import main as shell
 from zoo.core import api, traffic_report
-from zoo.core.contracts import Phase
+from zoo.core.contracts import ParallelAdapter, Phase
 from zoo.core.plugins import Plugins
 from zoo.core.traffic import sent
 
@@ -70,8 +69,10 @@ def test_the_rank_that_sends_most_is_shown():
 
 
 def test_an_adapter_that_says_nothing_is_named():
-    silent = SimpleNamespace(name="silent", phase=Phase.WRAP)
-    report = traffic_report.report(dataclasses.replace(prepared("llama3", dp_shard=2), adapters=[silent]))
+    class Silent(ParallelAdapter):
+        name, axes, phase = "silent", (), Phase.WRAP
+
+    report = traffic_report.report(dataclasses.replace(prepared("llama3", dp_shard=2), adapters=[Silent()]))
     assert (report.silent, report.flows) == (("silent",), ())
 
 

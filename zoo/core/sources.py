@@ -144,7 +144,9 @@ def family_of(checkpoint: HubCheckpoint, source: str, registry: Registry) -> str
         kind = checkpoint.config.get("model_type")
         said = f"its config.json says model_type {kind!r:.80}" if kind else "its config.json has no model_type"
         known = sorted({name for entry in registry.models for name in (entry.model_type, *entry.other_types)})
-        raise UsageError(f"{source}: {said}, which no family here knows; known: {', '.join(known) or 'none'}")
+        raise UsageError(
+            f"{source}: {said}, which no family here knows; known: {', '.join(known) or 'none'} (zoo models)"
+        )
     return family
 
 
