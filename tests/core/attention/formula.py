@@ -24,11 +24,13 @@ class Formula(RectangleBackend):
 
     def rectangle_forward(self, q, k, v, *, causal, scale):
         s = self._scores(q, k, causal, scale)
-        return s.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), s.logsumexp(-1)
+        lse = s.logsumexp(-1)
+        wide = torch.promote_types(lse.dtype, torch.float32)  # as the contract has it, whatever was computed in
+        return s.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse.to(wide)
 
     def rectangle_backward(self, dout, q, k, v, out, lse, *, causal, scale):
         r = q.shape[1] // k.shape[1]
-        p = (self._scores(q, k, causal, scale) - lse[..., None]).exp()
+        p = (self._scores(q, k, causal, scale) - lse[..., None].to(q.dtype)).exp()
         dp = dout @ v.repeat_interleave(r, 1).transpose(-1, -2)
         ds = p * (dp - (dout * out).sum(-1, keepdim=True)) * scale
         dk, dv = ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
