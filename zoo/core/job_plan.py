@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zoo.core.device import accelerator_type
 from zoo.core.prepare import Prepared
 from zoo.core.traffic_report import Report, report
@@ -89,8 +87,7 @@ class JobPlan:
 def job_plan(prepared: Prepared, *, traffic: bool = False) -> JobPlan:
     """Return the facts of a prepared job; with `traffic` also what a rank sends in a step."""
     job, origin, layout = prepared.job, prepared.origin, prepared.layout
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in prepared.spec.build(prepared.config).parameters())
+    parameters = sum(layout.model.values.total)
     sending: Report | None = report(prepared) if traffic else None
     return JobPlan(
         model=origin.entry.name,
