@@ -241,13 +241,6 @@ def adapter(**said):
     return SimpleNamespace(**{"name": "mine", "axes": ("dp_shard",), "phase": Phase.WRAP} | said)
 
 
-def test_an_object_has_the_name_of_its_entry():
-    assert answers.named("context scheme", "hybrid:4", SimpleNamespace(name="hybrid:4"))
-    for name in ("theirs", None, 3):
-        found = SimpleNamespace(name=name)
-        refused(lambda found=found: answers.named("memory policy", "mine", found), "memory policy 'mine'", repr(name))
-
-
 def test_what_a_tracker_can_do():
     assert answers.checked_tracker("mine", SimpleNamespace(log=len, close=len))
     for found in (None, SimpleNamespace(log=len), SimpleNamespace(log=len, close=3)):
@@ -257,7 +250,7 @@ def test_what_a_tracker_can_do():
 def test_an_adapter_is_what_its_entry_says():
     entries = [ParallelAdapterEntry(name="mine", target="a:b", axes=("dp_shard",))]
     answers.check_adapter(adapter(), entries)
-    for said, came in (({"axes": ("cp",)}, "('cp')"), ({"phase": 60}, "phase is 60"), ({"name": "its"}, "'its'")):
+    for said, came in (({"axes": ("cp",)}, "('cp')"), ({"phase": 60}, "phase is 60")):
         refused(lambda said=said: answers.check_adapter(adapter(**said), entries), "parallel adapter", came)
 
 

@@ -244,3 +244,31 @@ def test_every_moment_reaches_its_hook_with_all_arguments(distributions, moment,
 
     assert zoo_watch.seen == [["run", *arguments.values()]]
     assert status_of(plugins, "watch").hooks == (f"zoo_{moment}",)
+
+
+@pytest.mark.parametrize("name", ["theirs", None, 3])
+@pytest.mark.parametrize(
+    ("noun", "kind", "entry", "body"),
+    [
+        ("memory policy", "memory_policies", "MemoryPolicyEntry(name='mine', target='zoo_one:Mine')", ""),
+        (
+            "parallel adapter",
+            "parallel_adapters",
+            "ParallelAdapterEntry(name='mine', target='zoo_one:Mine', axes=('tp',))",
+            "    axes, phase = ('tp',), Phase.SHARD\n",
+        ),
+    ],
+)
+def test_an_object_has_the_name_of_its_entry(registry, noun, kind, entry, body, name):
+    base = "ParallelAdapter" if body else "KeepAll"
+    source = (
+        "from zoo import MemoryPolicyEntry, ParallelAdapter, ParallelAdapterEntry, Phase\n"
+        "from zoo.plugins.memory.policies import KeepAll\n"
+        f"class Mine({base}):\n    name = {name!r}\n{body}"
+        f"@hookimpl\ndef zoo_register_{kind}(): return [{entry}]\n"
+    )
+    lookup = getattr(registry(("zoo-one", source)), kind)
+    with pytest.raises(PluginError, match=f"{noun} 'mine': its name is {name!r}, and the contract says the name of"):
+        lookup.make("mine")
+    assert "mine" not in lookup.made()
+    assert "its name is" in lookup.broken["mine"].sentence

@@ -65,14 +65,6 @@ def is_count(value: object) -> bool:
 # Objects ------------------------------------------------------------------------------------------
 
 
-def named(noun: str, name: str, found: Any) -> Any:
-    """Return an object whose name is that of its entry: config.yaml is written with it, and read by every rank."""
-    own = getattr(found, "name", None)
-    if not isinstance(own, str) or own.partition(":")[0] != name.partition(":")[0]:
-        raise wrong(f"{noun} '{name}'", "its name", shown(own), f"the name of its entry, {name!r}", verb="is")
-    return found
-
-
 def checked_tracker(name: str, found: Any) -> Any:
     """Return what the target of a tracker gave for a run directory."""
     if not all(callable(getattr(found, method, None)) for method in ("log", "close")):
@@ -128,7 +120,6 @@ def check_batch(adapter: ParallelAdapter, before: Batch, after: object) -> None:
 def check_adapter(adapter: Any, entries: Iterable[ParallelAdapterEntry]) -> None:
     """Compare the attributes of an adapter with what its entry says."""
     axes = {entry.name: entry.axes for entry in entries}
-    named("parallel adapter", adapter.name if adapter.name in axes else type(adapter).__name__, adapter)
     who, entry = adapter_named(adapter), axes[adapter.name]
     if not isinstance(adapter.axes, tuple) or set(adapter.axes) != set(entry):
         raise wrong(who, "its axes", shown(adapter.axes), f"those of its entry, {shown(entry)}", verb="is")

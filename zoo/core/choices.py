@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from zoo.core.answers import named, refusal, saved_bytes
+from zoo.core.answers import refusal, saved_bytes
 from zoo.core.contracts import (
     AttentionBackend,
     AttentionProblem,
@@ -38,7 +38,7 @@ def choose_attention(
         objection = _objection(backend, problems)
         if objection is not None:
             raise UsageError(f"--attn {wanted} cannot run this job: {objection}. --attn auto chooses one that can")
-        return named("attention backend", wanted, backend), f"{wanted} (asked for)"
+        return backend, f"{wanted} (asked for)"
     backends: dict[str, AttentionBackend] = registry.attention.made()
     reasons = registry.attention.asked(lambda backend: _objection(backend, problems), backends)
     able = _able(reasons)
@@ -75,7 +75,7 @@ def choose_policy(
     """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
     wanted = job.memory.policy
     if wanted != "auto":
-        return named("memory policy", wanted, registry.memory_policies.make(wanted)), f"{wanted} (asked for)"
+        return registry.memory_policies.make(wanted), f"{wanted} (asked for)"
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
     policies: dict[str, MemoryPolicy] = registry.memory_policies.made()
     saved = registry.memory_policies.asked(lambda p: saved_bytes(p, config, tokens, BYTES[dtype]), policies)
@@ -84,7 +84,7 @@ def choose_policy(
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
     name = registry.select_memory_policy(saved, budget, list(saved)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
-    return named("memory policy", name, policies[name]), f"{name}: {gib}"
+    return policies[name], f"{name}: {gib}"
 
 
 def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> str:
@@ -122,4 +122,4 @@ def _chosen(
     ]
     chooser = [f"chosen by plugin {by.label}"] if decided and by else []
     aside = "; ".join([*chooser, *others])
-    return named("attention backend", name, options[name]), f"{name}{f' ({aside})' if aside else ''}"
+    return options[name], f"{name}{f' ({aside})' if aside else ''}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-from zoo.core.answers import named, refusal
+from zoo.core.answers import refusal
 from zoo.core.attention.answers import check_cover
 from zoo.core.attention.forecast import Rates, forecast
 from zoo.core.attention.mask import Mask
@@ -45,7 +45,7 @@ def choose_schemes(
         if wanted == "auto":
             scheme, why = _choose(registry, layout, mask, window)
         else:
-            scheme, why = named("context scheme", wanted, _asked_for(registry, layout, wanted, degree)), "asked for"
+            scheme, why = _asked_for(registry, layout, wanted, degree), "asked for"
         seen = Mask.whole(layout.seq, causal=mask != "full").with_window(window)
         check_cover(scheme, seen, degree, layout.problems[0].heads)
         schemes |= dict.fromkeys(windows, scheme)
@@ -177,7 +177,7 @@ def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -
     said += [f"{other} {describe(costs[other])}" for other in others]
     said += [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason is not None]
     chosen = f"chosen by plugin {by.label}; " if by else ""
-    return named("context scheme", name, schemes[name]), chosen + "; ".join(said)
+    return schemes[name], chosen + "; ".join(said)
 
 
 def describe(cost: Forecast) -> str:

@@ -155,7 +155,17 @@ class Lookup(Generic[E]):
             _require(made, "an instance", kind.contract, kind.needs)
         except BaseException as error:
             self._refuse(name, "constructed", error)
+        self._check_name(name, made)
         return made
+
+    def _check_name(self, name: str, made: Any) -> None:
+        """Compare the name of an instance with its entry's: config.yaml is written with it, and read by every rank."""
+        own = made.name
+        if not isinstance(own, str) or own.partition(":")[0] != name:
+            raise PluginError(
+                f"{self.noun} '{name}': its name is {own!r:.80}, and the contract says the name of its entry, "
+                f"{name!r}; correct the plugin"
+            )
 
     def made(self, names: Iterable[str] | None = None) -> dict[str, Any]:
         """Return what can be used of some entries, of all by default; `broken` has the others."""
