@@ -14,7 +14,7 @@ from tests.distributed import ranks
 from tests.models.head_norms import NORMS, normed
 from zoo.core.errors import LayoutError
 from zoo.core.inventory import meta_model
-from zoo.core.tensor_styles import check_styles
+from zoo.core.tensor_styles import style_objection, unnamed_module
 from zoo.plugins.parallel.tensor import TensorParallel
 
 DENSE, SPARSE = "dense-head-norms", "sparse-head-norms"
@@ -62,26 +62,27 @@ def test_without_the_sum_over_ranks_every_number_after_the_first_step_is_off():
 # What a plan says wrongly -------------------------------------------------------------------------
 
 
-def said_of(styles, *, every=False):
-    """What is said of a family whose plan gives these styles to modules; None if it is taken."""
+def said_of(styles):
+    """Return what is said of a family whose plan gives these styles to modules; None if it is taken."""
     spec = normed(layouts.MODELS["llama"][0], "wrong", **styles)
     config = layouts.config("llama")
-    try:
-        check_styles(
-            meta_model(spec, config),
-            spec.plan(config),
-            name="wrong",
-            hidden_size=config.hidden_size,
-            head_dims={config.head_dim},
-            every=every,
-        )
-    except LayoutError as error:
-        return str(error)
-    return None
+    return style_objection(
+        meta_model(spec, config),
+        spec.plan(config),
+        name="wrong",
+        hidden_size=config.hidden_size,
+        head_dims={config.head_dim},
+    )
+
+
+def left_out_by(styles):
+    spec = normed(layouts.MODELS["llama"][0], "wrong", **styles)
+    config = layouts.config("llama")
+    return unnamed_module(meta_model(spec, config), spec.plan(config))
 
 
 def test_the_styles_of_norms_are_compared_with_their_widths():
-    assert said_of(dict.fromkeys(NORMS, "heads"), every=True) is None
+    assert said_of(dict.fromkeys(NORMS, "heads")) is None
     said = said_of(dict.fromkeys(NORMS, "sequence"))
     assert "'model.layers.0.self_attn.q_norm' sequence" in said
     assert "([4]) is the hidden size, 16" in said
@@ -91,10 +92,9 @@ def test_the_styles_of_norms_are_compared_with_their_widths():
     assert "([16]) is the head size, 4" in said
 
 
-def test_without_sequence_parallelism_a_plan_must_name_every_module():
-    assert said_of({NORMS[0]: "heads"}) is None
-    said = said_of({NORMS[0]: "heads"}, every=True)
-    assert "whether 'model.layers.0.self_attn.k_norm' of wrong works on the residual or on heads" in said
+def test_the_first_module_that_a_plan_does_not_name_is_found():
+    assert left_out_by(dict.fromkeys(NORMS, "heads")) is None
+    assert left_out_by({NORMS[0]: "heads"}) == "model.layers.0.self_attn.k_norm"
 
 
 @pytest.mark.parametrize(("style", "words"), [("sequence", "tp2"), ("sequence", "tp2 no-sp"), (None, "tp2 no-sp")])
