@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import Slices, local_slices
-from zoo.core.contracts import AttentionBackend, AttentionProblem, HeadShape
-from zoo.core.device import accelerator_type, peak_tflops
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.units import format_tokens, parse_tokens
+from zoo.core.contracts.attention import AttentionBackend, AttentionProblem, HeadShape
+from zoo.core.humanize import format_tokens, parse_tokens
+from zoo.core.machine.device import accelerator_type, peak_tflops
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.context.ring import Ring
 
 HEADS = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.core.attention.balance import balanced
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask, visible_before
 from zoo.core.attention.needs import remote_needs
+from zoo.core.sequence.balance import balanced
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask, visible_before
 
 LENGTHS = (65_536, 1_048_576)
 DEGREES = (8, 64)

@@ -58,11 +58,11 @@ def serve(folder: Path, megabytes: int) -> None:
 
     from zoo.conversion.hf import CONVERTER
     from zoo.conversion.run import RunConverter
-    from zoo.core import checkpoint
-    from zoo.core.checkpoint import Checkpoints
-    from zoo.core.job import OptimSection, ScheduleSection
-    from zoo.core.optim import build_optimizer, build_schedule
-    from zoo.core.step import TrainState
+    from zoo.core.job.job import OptimSection, ScheduleSection
+    from zoo.core.run import checkpoint
+    from zoo.core.run.checkpoint import Checkpoints
+    from zoo.core.run.optim import build_optimizer, build_schedule
+    from zoo.core.run.step import TrainState
     from zoo.models.llama3.model import SPEC
 
     torch.set_num_threads(1)
@@ -94,9 +94,9 @@ def serve(folder: Path, megabytes: int) -> None:
     def export() -> None:
         opened = RunConverter().open(made)
         if getattr(opened, "checksums", None) is not None:
-            from zoo.core.finished import require_intact
+            from zoo.core.storage.finished import require_intact
 
-            require_intact(opened, threads=1)
+            require_intact(opened.checksums, of_run=opened.own_names, threads=1)
         CONVERTER.export(SPEC, parsed, opened.tensors, folder / "hf", files={}, dtype=None, threads=1)
 
     def written() -> int:

@@ -51,8 +51,8 @@ class OneProcess:
     """The whole row here."""
 
     def __init__(self, length, shape, window, _side):
-        from zoo.core.attention.mask import Mask
         from zoo.core.attention.seam import AttentionSeam
+        from zoo.core.sequence.mask import Mask
         from zoo.plugins.attention.sdpa import Sdpa
 
         self.mask, self.seam = Mask.whole(length, window=window), AttentionSeam(Sdpa())
@@ -68,14 +68,14 @@ class Scheme:
     def __init__(self, length, shape, window, side):
         import torch.distributed as dist
 
-        from zoo.core.attention.mask import Mask
-        from zoo.core.attention.row_layout import row_layout
         from zoo.core.attention.seam import AttentionSeam
         from zoo.core.attention.sharded import Exchange, ShardedMask
-        from zoo.core.attention.wire import Link
-        from zoo.core.context_choice import load_scheme
-        from zoo.core.plugins import Plugins
-        from zoo.core.registry import Registry
+        from zoo.core.contracts.attention import Link
+        from zoo.core.plan.schemes import load_scheme
+        from zoo.core.registry.decisions import Registry
+        from zoo.core.registry.loading import Plugins
+        from zoo.core.sequence.mask import Mask
+        from zoo.core.sequence.row_layout import row_layout
         from zoo.plugins.attention.sdpa import Sdpa
 
         scheme, rank = load_scheme(Registry(Plugins.load()), side), dist.get_rank()
@@ -111,7 +111,7 @@ class PlainRing:
     def __init__(self, length, shape, _window, _side):
         import torch.distributed as dist
 
-        from zoo.core.attention.layout import SequenceLayout
+        from zoo.core.sequence.layout import SequenceLayout
         from zoo.plugins.attention.sdpa import Sdpa
 
         self.rank, self.world, self.kernel = dist.get_rank(), dist.get_world_size(), Sdpa()

@@ -58,8 +58,8 @@ def make_checkpoint(folder: Path, fields: dict, *, form: int) -> int:
     import numpy as np
 
     from zoo.conversion.writer import SHARD_BYTES, Outgoing, plan_shards, write_index, write_json
-    from zoo.core.inventory import meta_model
-    from zoo.core.rules import RuleBook
+    from zoo.core.model.inventory import meta_model
+    from zoo.core.model.rules import RuleBook
     from zoo.models.mixtral.model import SPEC
 
     config = SPEC.parse(fields)

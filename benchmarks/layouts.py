@@ -30,18 +30,23 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from tests.distributed import ranks  # noqa: E402
-from zoo.core import order, weights  # noqa: E402
-from zoo.core.batch import Row, collate  # noqa: E402
-from zoo.core.contracts import IGNORE  # noqa: E402
-from zoo.core.flags import from_flags  # noqa: E402
-from zoo.core.forward_backward import Counts  # noqa: E402
-from zoo.core.mesh import Mesh  # noqa: E402
-from zoo.core.optim import build_optimizer, build_schedule  # noqa: E402
-from zoo.core.plugins import Plugins  # noqa: E402
-from zoo.core.prepare import prepare, with_recipe  # noqa: E402
-from zoo.core.registry import Registry  # noqa: E402
-from zoo.core.step import TrainState, train_step  # noqa: E402
-from zoo.core.traffic import Microbatch, sent, step_traffic  # noqa: E402
+from zoo.core.contracts.account import Microbatch  # noqa: E402
+from zoo.core.contracts.batch import (
+    IGNORE,
+    Row,
+)
+from zoo.core.contracts.parallel import Counts  # noqa: E402
+from zoo.core.data.collate import collate  # noqa: E402
+from zoo.core.job.flags import from_flags  # noqa: E402
+from zoo.core.mesh.mesh import Mesh  # noqa: E402
+from zoo.core.model import load as weights  # noqa: E402
+from zoo.core.plan.prepare import prepare, with_recipe  # noqa: E402
+from zoo.core.plan.traffic import sent, step_traffic  # noqa: E402
+from zoo.core.registry.decisions import Registry  # noqa: E402
+from zoo.core.registry.loading import Plugins  # noqa: E402
+from zoo.core.run import assemble as order  # noqa: E402
+from zoo.core.run.optim import build_optimizer, build_schedule  # noqa: E402
+from zoo.core.run.step import TrainState, train_step  # noqa: E402
 from zoo.testing.traffic import Routed, Wire, compared  # noqa: E402
 
 CORES, SEQ, ROWS = 2, 512, 8

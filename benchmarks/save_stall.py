@@ -47,14 +47,16 @@ def build(seq: int):
     import torch
     import torch.distributed as dist
 
-    from zoo.core import order, weights
-    from zoo.core.batch import Row, collate
-    from zoo.core.contracts import Layout
-    from zoo.core.degrees import Degrees
-    from zoo.core.job import OptimSection, ScheduleSection
-    from zoo.core.mesh import Mesh
-    from zoo.core.optim import build_optimizer, build_schedule
-    from zoo.core.step import TrainState
+    from zoo.core.contracts.batch import Row
+    from zoo.core.contracts.layout import Layout
+    from zoo.core.data.collate import collate
+    from zoo.core.job.job import OptimSection, ScheduleSection
+    from zoo.core.mesh.degrees import Degrees
+    from zoo.core.mesh.mesh import Mesh
+    from zoo.core.model import load as weights
+    from zoo.core.run import assemble as order
+    from zoo.core.run.optim import build_optimizer, build_schedule
+    from zoo.core.run.step import TrainState
     from zoo.models.llama3.model import SPEC
     from zoo.plugins.attention.sdpa import Sdpa
     from zoo.plugins.memory.policies import KeepAll
@@ -85,11 +87,11 @@ def run(rank: int, folder: str, seq: int, rounds: int, answer) -> None:
     import torch
     import torch.distributed as dist
 
-    from zoo.core.checkpoint import Checkpoints
-    from zoo.core.forward_backward import Counts
-    from zoo.core.saver import Saver
-    from zoo.core.step import train_step
-    from zoo.core.world import host_group
+    from zoo.core.contracts.parallel import Counts
+    from zoo.core.launch.process_group import host_group
+    from zoo.core.run.checkpoint import Checkpoints
+    from zoo.core.run.saver import Saver
+    from zoo.core.run.step import train_step
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})

@@ -72,7 +72,7 @@ def step_of_transformers(folder: Path, count: int):
 def step_of_zoo(folder: Path, count: int):
     import zoo
     from zoo.core.attention.seam import AttentionSeam
-    from zoo.core.seams import replace_modules
+    from zoo.core.model.seams import replace_modules
     from zoo.plugins.attention.sdpa import Sdpa
 
     model = zoo.load(folder).train()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from tests.patience import PATIENCE_S
-from zoo.core.metrics import read_metrics
+from zoo.core.run.metrics import read_metrics
 
 
 def start(*args, output=subprocess.PIPE, **env):

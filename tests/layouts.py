@@ -32,19 +32,22 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tests.distributed import ranks
 from tests.models import head_norms
-from zoo.core import order, weights
-from zoo.core.batch import Row, collate
-from zoo.core.contracts import IGNORE, AttentionBackend, Layout, MemoryPolicy, ParallelAdapter
-from zoo.core.degrees import AXES
+from zoo.core.contracts.attention import AttentionBackend
+from zoo.core.contracts.batch import IGNORE, Row
+from zoo.core.contracts.layout import Layout
+from zoo.core.contracts.parallel import Counts, MemoryPolicy, ParallelAdapter
+from zoo.core.data.collate import collate
 from zoo.core.errors import UsageError
-from zoo.core.forward_backward import Counts
-from zoo.core.job import Job, OptimSection, ScheduleSection
-from zoo.core.mesh import Mesh
-from zoo.core.optim import build_optimizer, build_schedule
-from zoo.core.plugins import Plugins
-from zoo.core.prepare import Prepared, prepare
-from zoo.core.registry import Registry
-from zoo.core.step import TrainState, train_step
+from zoo.core.job.job import Job, OptimSection, ScheduleSection
+from zoo.core.mesh.degrees import AXES
+from zoo.core.mesh.mesh import Mesh
+from zoo.core.model import load as weights
+from zoo.core.plan.prepare import Prepared, prepare
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.run import assemble as order
+from zoo.core.run.optim import build_optimizer, build_schedule
+from zoo.core.run.step import TrainState, train_step
 from zoo.models.llama3.model import SPEC as LLAMA
 from zoo.models.llama3.sizes import TINY
 from zoo.models.mixtral.model import SPEC as MIXTRAL

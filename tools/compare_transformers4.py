@@ -25,7 +25,7 @@ from torch import nn
 
 from tests.models.reference import FAMILIES, draw_fields
 from zoo.conversion.hf import CONVERTER
-from zoo.core.weights import ModuleSource
+from zoo.core.model.load import ModuleSource
 
 TOLERANCE = 5e-6
 THEIRS = """

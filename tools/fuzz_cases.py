@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from zoo.core.contracts import ModelEntry, ModelSpec
-from zoo.core.inventory import expected_tensors
-from zoo.core.registry import Registry
+from zoo.core.contracts.entries import ModelEntry
+from zoo.core.contracts.models import ModelSpec
+from zoo.core.model.inventory import expected_tensors
+from zoo.core.registry.decisions import Registry
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 Files = dict[str, bytes]

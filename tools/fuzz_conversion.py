@@ -34,9 +34,9 @@ from tools.fuzz_extremes import extremes, large_models
 from zoo.conversion.hf import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import ZooError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.rules import whole
+from zoo.core.model.rules import whole
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 SECONDS = 2.0
 BYTES = 256 << 20

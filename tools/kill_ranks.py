@@ -29,8 +29,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from zoo.core.checkpoint import Checkpoints, read_progress
-from zoo.core.metrics import read_metrics
+from zoo.core.run.checkpoint import Checkpoints, read_progress
+from zoo.core.run.metrics import read_metrics
 
 JOB = ("llama3", "--seq", "256", "--cp", "2", "--save-every", "1")
 MOMENTS = ("any", "start", "write", "finish")
@@ -130,7 +130,7 @@ def workers(launcher: int) -> list[int]:
             stat, line = Path(f"/proc/{entry}/stat").read_text(), Path(f"/proc/{entry}/cmdline").read_text()
         except OSError:
             continue
-        if int(stat.rpartition(")")[2].split()[1]) == launcher and "zoo.core.worker" in line:
+        if int(stat.rpartition(")")[2].split()[1]) == launcher and "zoo.core.run.worker" in line:
             found.append(int(entry))
     return sorted(found)
 

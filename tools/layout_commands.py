@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.layout_commands import CASES, Corpus, furthest, untimed
 from zoo.cli.main import main as zoo
-from zoo.core.metrics import read_metrics
+from zoo.core.run.metrics import read_metrics
 
 BOUND = 1e-9
 

@@ -67,7 +67,7 @@ def rooms(graph: Graph, package: str) -> Graph:
 
 
 def room_of(name: str, package: str) -> str:
-    """Return the room of a module, as `attention` for `zoo.core.attention.mask`."""
+    """Return the room of a module, as `attention` for `zoo.core.sequence.mask`."""
     return name.removeprefix(f"{package}.").partition(".")[0]
 
 

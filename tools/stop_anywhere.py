@@ -26,9 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.kill_ranks import command, environment, said
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
-from zoo.core.signals import NOTHING_YET
+from zoo.core.launch.signals import NOTHING_YET
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 STEPS = 12
 JOB = ("llama3", "--seq", "256", "--steps", str(STEPS), "--save-every", "4")

@@ -31,12 +31,13 @@ from torch.nn import functional as F
 
 from tools import tiny_card, tiny_text
 from tools.tiny_rows import Kind, RowMaker, TrainRow
-from zoo.core.contracts import IGNORE, ModelSpec
-from zoo.core.inventory import rule_book
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.rules import whole
-from zoo.core.weights import ModuleSource
+from zoo.core.contracts.batch import IGNORE
+from zoo.core.contracts.models import ModelSpec
+from zoo.core.model.inventory import rule_book
+from zoo.core.model.load import ModuleSource
+from zoo.core.model.rules import whole
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 from zoo.testing.recall import Ids, NeedleTokens, needle_row, recall
 
 RANKS = 2

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoo.core.public_names import Groups, lazy_getattr, modules_of
-from zoo.core.version import __version__ as __version__
+from zoo.public_names import Groups, lazy_getattr, modules_of
+from zoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zoo.core.api import (
@@ -17,57 +17,32 @@ if TYPE_CHECKING:
         load as load,
         plan as plan,
     )
-    from zoo.core.attention.kernel import (
-        RectangleBackend as RectangleBackend,
-    )
-    from zoo.core.attention.layout import (
-        SequenceLayout as SequenceLayout,
-    )
-    from zoo.core.attention.mask import (
-        Mask as Mask,
-    )
-    from zoo.core.attention.needs import (
-        Need as Need,
-        remote_needs as remote_needs,
-    )
-    from zoo.core.attention.problem import (
-        AttentionProblem as AttentionProblem,
-        HeadShape as HeadShape,
-    )
-    from zoo.core.attention.slices import (
-        local_slices as local_slices,
-        remote_slices as remote_slices,
-    )
-    from zoo.core.attention.wire import (
-        Link as Link,
-    )
-    from zoo.core.batch import (
-        Batch as Batch,
-    )
-    from zoo.core.checksums import (
-        Checksums as Checksums,
-    )
-    from zoo.core.contracts import (
-        IGNORE as IGNORE,
-        PADDING as PADDING,
+    from zoo.core.attention.kernel import RectangleBackend as RectangleBackend
+    from zoo.core.attention.needs import Need as Need, remote_needs as remote_needs
+    from zoo.core.attention.slices import local_slices as local_slices, remote_slices as remote_slices
+    from zoo.core.contracts.account import Account as Account
+    from zoo.core.contracts.attention import (
         AttentionBackend as AttentionBackend,
+        AttentionProblem as AttentionProblem,
         AttentionSlice as AttentionSlice,
         ContextPlan as ContextPlan,
         ContextScheme as ContextScheme,
         Forecast as Forecast,
-        MemoryPolicy as MemoryPolicy,
-        ModelConfig as ModelConfig,
-        ModelSpec as ModelSpec,
-        ParallelAdapter as ParallelAdapter,
-        Phase as Phase,
+        HeadShape as HeadShape,
+        Link as Link,
         SliceRule as SliceRule,
         Stage as Stage,
-        StatePart as StatePart,
     )
-    from zoo.core.degrees import (
-        Degrees as Degrees,
+    from zoo.core.contracts.batch import IGNORE as IGNORE, PADDING as PADDING, Batch as Batch
+    from zoo.core.contracts.checkpoints import Converter as Converter, HubCheckpoint as HubCheckpoint
+    from zoo.core.contracts.data import (
+        DataFormat as DataFormat,
+        DataSource as DataSource,
+        Record as Record,
+        Remark as Remark,
+        Sample as Sample,
     )
-    from zoo.core.entries import (
+    from zoo.core.contracts.entries import (
         AttentionEntry as AttentionEntry,
         CommandEntry as CommandEntry,
         ContextSchemeEntry as ContextSchemeEntry,
@@ -78,6 +53,30 @@ if TYPE_CHECKING:
         ParallelAdapterEntry as ParallelAdapterEntry,
         TrackerEntry as TrackerEntry,
     )
+    from zoo.core.contracts.globs import find_modules as find_modules
+    from zoo.core.contracts.layout import Layout as Layout, ModelFacts as ModelFacts
+    from zoo.core.contracts.models import (
+        BlockShape as BlockShape,
+        ExpertShape as ExpertShape,
+        Losses as Losses,
+        ModelConfig as ModelConfig,
+        ModelSpec as ModelSpec,
+        ParallelPlan as ParallelPlan,
+        SeamName as SeamName,
+        TensorStyle as TensorStyle,
+    )
+    from zoo.core.contracts.parallel import (
+        Counts as Counts,
+        ForwardBackward as ForwardBackward,
+        MemoryPolicy as MemoryPolicy,
+        ParallelAdapter as ParallelAdapter,
+        Phase as Phase,
+        StatePart as StatePart,
+        Sums as Sums,
+    )
+    from zoo.core.contracts.run import RunInfo as RunInfo, Tracker as Tracker
+    from zoo.core.contracts.values import ModelValues as ModelValues, Values as Values
+    from zoo.core.contracts.weights import Piece as Piece, Rule as Rule, TensorSource as TensorSource
     from zoo.core.errors import (
         DataError as DataError,
         FitError as FitError,
@@ -88,89 +87,36 @@ if TYPE_CHECKING:
         UsageError as UsageError,
         ZooError as ZooError,
     )
-    from zoo.core.formats import (
-        Converter as Converter,
-        DataFormat as DataFormat,
-        DataSource as DataSource,
-        HubCheckpoint as HubCheckpoint,
-        Record as Record,
-        Remark as Remark,
-        RunInfo as RunInfo,
-        Sample as Sample,
-        TensorSource as TensorSource,
-        Tracker as Tracker,
-    )
-    from zoo.core.forward_backward import (
-        Counts as Counts,
-        ForwardBackward as ForwardBackward,
-        Sums as Sums,
-    )
-    from zoo.core.hookspecs import (
-        hookimpl as hookimpl,
-    )
-    from zoo.core.job import (
-        LayoutSection as LayoutSection,
-    )
-    from zoo.core.launch import (
-        WorkerDied as WorkerDied,
-    )
-    from zoo.core.layout import (
-        Layout as Layout,
-        ModelFacts as ModelFacts,
-    )
-    from zoo.core.mesh import (
-        Mesh as Mesh,
-    )
-    from zoo.core.plan import (
-        BlockShape as BlockShape,
-        ExpertShape as ExpertShape,
-        Losses as Losses,
-        ParallelPlan as ParallelPlan,
-        SeamName as SeamName,
-        TensorStyle as TensorStyle,
-    )
-    from zoo.core.plugins import (
-        Plugins as Plugins,
-    )
-    from zoo.core.registry import (
-        Registry as Registry,
-    )
-    from zoo.core.routing import (
-        RouterStats as RouterStats,
-        Routing as Routing,
-    )
-    from zoo.core.rules import (
-        Concat as Concat,
-        Part as Part,
-        Piece as Piece,
-        Rename as Rename,
-        Rule as Rule,
-        Stack as Stack,
-    )
-    from zoo.core.seams import (
-        find_modules as find_modules,
-        replace_modules as replace_modules,
-    )
-    from zoo.core.tokenizer import (
-        Tokenizer as Tokenizer,
-    )
-    from zoo.core.traffic import (
-        Account as Account,
-    )
-    from zoo.core.values import (
-        ModelValues as ModelValues,
-        Values as Values,
-    )
+    from zoo.core.job.job import LayoutSection as LayoutSection
+    from zoo.core.launch.launcher import WorkerDied as WorkerDied
+    from zoo.core.mesh.degrees import Degrees as Degrees
+    from zoo.core.mesh.mesh import Mesh as Mesh
+    from zoo.core.model.routing import RouterStats as RouterStats, Routing as Routing
+    from zoo.core.model.rules import Concat as Concat, Part as Part, Rename as Rename, Stack as Stack
+    from zoo.core.model.seams import replace_modules as replace_modules
+    from zoo.core.registry.decisions import Registry as Registry
+    from zoo.core.registry.hookspecs import hookimpl as hookimpl
+    from zoo.core.registry.loading import Plugins as Plugins
+    from zoo.core.sequence.layout import SequenceLayout as SequenceLayout
+    from zoo.core.sequence.mask import Mask as Mask
+    from zoo.core.storage.checksums import Checksums as Checksums
+    from zoo.core.tokenizer.tokenizer import Tokenizer as Tokenizer
 
 _GROUPS: Groups = {
-    "For users": {"zoo.core.api": ("finetune", "load", "plan")},
+    "For users": {
+        "zoo.core.api": (
+            "finetune",
+            "load",
+            "plan",
+        ),
+    },
     "Hooks": {
-        "zoo.core.hookspecs": ("hookimpl",),
-        "zoo.core.plugins": ("Plugins",),
-        "zoo.core.registry": ("Registry",),
+        "zoo.core.registry.decisions": ("Registry",),
+        "zoo.core.registry.hookspecs": ("hookimpl",),
+        "zoo.core.registry.loading": ("Plugins",),
     },
     "Entries": {
-        "zoo.core.entries": (
+        "zoo.core.contracts.entries": (
             "AttentionEntry",
             "CommandEntry",
             "ContextSchemeEntry",
@@ -184,45 +130,114 @@ _GROUPS: Groups = {
     },
     "Attention": {
         "zoo.core.attention.kernel": ("RectangleBackend",),
-        "zoo.core.attention.mask": ("Mask",),
-        "zoo.core.attention.problem": ("AttentionProblem", "HeadShape"),
-        "zoo.core.contracts": ("AttentionBackend", "AttentionSlice", "SliceRule"),
+        "zoo.core.contracts.attention": (
+            "AttentionBackend",
+            "AttentionProblem",
+            "AttentionSlice",
+            "HeadShape",
+            "SliceRule",
+        ),
+        "zoo.core.sequence.mask": ("Mask",),
     },
     "Context schemes": {
-        "zoo.core.attention.layout": ("SequenceLayout",),
-        "zoo.core.attention.needs": ("Need", "remote_needs"),
-        "zoo.core.attention.slices": ("local_slices", "remote_slices"),
-        "zoo.core.attention.wire": ("Link",),
-        "zoo.core.contracts": ("ContextPlan", "ContextScheme", "Forecast", "Stage"),
+        "zoo.core.attention.needs": (
+            "Need",
+            "remote_needs",
+        ),
+        "zoo.core.attention.slices": (
+            "local_slices",
+            "remote_slices",
+        ),
+        "zoo.core.contracts.attention": (
+            "ContextPlan",
+            "ContextScheme",
+            "Forecast",
+            "Link",
+            "Stage",
+        ),
+        "zoo.core.sequence.layout": ("SequenceLayout",),
     },
     "Parallel layouts": {
-        "zoo.core.batch": ("Batch",),
-        "zoo.core.contracts": ("ParallelAdapter", "Phase", "StatePart"),
-        "zoo.core.degrees": ("Degrees",),
-        "zoo.core.forward_backward": ("Counts", "ForwardBackward", "Sums"),
-        "zoo.core.job": ("LayoutSection",),
-        "zoo.core.layout": ("Layout", "ModelFacts"),
-        "zoo.core.mesh": ("Mesh",),
-        "zoo.core.plan": ("BlockShape",),
-        "zoo.core.seams": ("find_modules", "replace_modules"),
-        "zoo.core.traffic": ("Account",),
-        "zoo.core.values": ("ModelValues", "Values"),
+        "zoo.core.contracts.account": ("Account",),
+        "zoo.core.contracts.batch": ("Batch",),
+        "zoo.core.contracts.globs": ("find_modules",),
+        "zoo.core.contracts.layout": (
+            "Layout",
+            "ModelFacts",
+        ),
+        "zoo.core.contracts.models": ("BlockShape",),
+        "zoo.core.contracts.parallel": (
+            "Counts",
+            "ForwardBackward",
+            "ParallelAdapter",
+            "Phase",
+            "StatePart",
+            "Sums",
+        ),
+        "zoo.core.contracts.values": (
+            "ModelValues",
+            "Values",
+        ),
+        "zoo.core.job.job": ("LayoutSection",),
+        "zoo.core.mesh.degrees": ("Degrees",),
+        "zoo.core.mesh.mesh": ("Mesh",),
+        "zoo.core.model.seams": ("replace_modules",),
     },
     "Models": {
-        "zoo.core.contracts": ("IGNORE", "PADDING", "ModelConfig", "ModelSpec"),
-        "zoo.core.plan": ("ExpertShape", "Losses", "ParallelPlan", "SeamName", "TensorStyle"),
-        "zoo.core.routing": ("RouterStats", "Routing"),
-        "zoo.core.rules": ("Concat", "Part", "Piece", "Rename", "Rule", "Stack"),
+        "zoo.core.contracts.batch": (
+            "IGNORE",
+            "PADDING",
+        ),
+        "zoo.core.contracts.models": (
+            "ExpertShape",
+            "Losses",
+            "ModelConfig",
+            "ModelSpec",
+            "ParallelPlan",
+            "SeamName",
+            "TensorStyle",
+        ),
+        "zoo.core.contracts.weights": (
+            "Piece",
+            "Rule",
+        ),
+        "zoo.core.model.routing": (
+            "RouterStats",
+            "Routing",
+        ),
+        "zoo.core.model.rules": (
+            "Concat",
+            "Part",
+            "Rename",
+            "Stack",
+        ),
     },
-    "Memory": {"zoo.core.contracts": ("MemoryPolicy",)},
+    "Memory": {
+        "zoo.core.contracts.parallel": ("MemoryPolicy",),
+    },
     "Data": {
-        "zoo.core.formats": ("DataFormat", "DataSource", "Record", "Remark", "Sample"),
-        "zoo.core.tokenizer": ("Tokenizer",),
+        "zoo.core.contracts.data": (
+            "DataFormat",
+            "DataSource",
+            "Record",
+            "Remark",
+            "Sample",
+        ),
+        "zoo.core.tokenizer.tokenizer": ("Tokenizer",),
     },
-    "Tracking and runs": {"zoo.core.formats": ("RunInfo", "Tracker")},
+    "Tracking and runs": {
+        "zoo.core.contracts.run": (
+            "RunInfo",
+            "Tracker",
+        ),
+    },
     "Conversion": {
-        "zoo.core.checksums": ("Checksums",),
-        "zoo.core.formats": ("Converter", "HubCheckpoint", "TensorSource"),
+        "zoo.core.contracts.checkpoints": (
+            "Converter",
+            "HubCheckpoint",
+        ),
+        "zoo.core.contracts.weights": ("TensorSource",),
+        "zoo.core.storage.checksums": ("Checksums",),
     },
     "Errors": {
         "zoo.core.errors": (
@@ -235,7 +250,7 @@ _GROUPS: Groups = {
             "UsageError",
             "ZooError",
         ),
-        "zoo.core.launch": ("WorkerDied",),
+        "zoo.core.launch.launcher": ("WorkerDied",),
     },
 }
 """Every public name, once. docs/api.md is written from it, and the imports above repeat it for type checkers."""

@@ -22,10 +22,10 @@ if __name__ == "__main__":
 import faulthandler  # noqa: E402
 import signal  # noqa: E402
 
-from zoo.core import signals  # noqa: E402
-from zoo.core.lasting_output import open_closed_streams, outlive_readers  # noqa: E402
-from zoo.core.launcher_env import said_rank  # noqa: E402
-from zoo.core.watchdog import DEFAULT_TIMEOUT_S  # noqa: E402
+from zoo.core.launch import signals  # noqa: E402
+from zoo.core.launch.lasting_output import open_closed_streams, outlive_readers  # noqa: E402
+from zoo.core.launch.watchdog import DEFAULT_TIMEOUT_S  # noqa: E402
+from zoo.core.machine.launcher_env import said_rank  # noqa: E402
 
 
 def main() -> int:

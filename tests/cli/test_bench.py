@@ -160,7 +160,7 @@ def test_real_ranks_are_timed_by_turns(bench):
 
 @pytest.mark.dist
 def test_times_are_a_table_and_long_rows_are_measured_shorter(bench, monkeypatch):
-    monkeypatch.setattr("zoo.core.attention.measure.PATIENCE", 1e-9)
+    monkeypatch.setattr("zoo.core.bench.measure.PATIENCE", 1e-9)
     status, out, err = bench("--cp", "2", "--measure", "--ranks", "1", "--repeats", "1", "--cp-scheme", "ring")
     assert status == 0
     assert err == "measuring ring on 1 rank, rows of 1k tokens (64k would take too long or not fit), 1 turn\n"

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zoo.cli import checkup
 from zoo.cli.main import main
-from zoo.core.plugins import Plugins
+from zoo.core.machine import checkup
+from zoo.core.registry.loading import Plugins
 
 
 def gpu(count=8, compute=(9, 0), **more):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import zoo.models.llama3
 from tests.command import zoo as run_zoo
 from zoo.cli.main import main
-from zoo.core.metrics import read_metrics
+from zoo.core.run.metrics import read_metrics
 
 TINY = Path(zoo.models.llama3.__file__).parent / "tiny"
 

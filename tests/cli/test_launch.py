@@ -13,7 +13,7 @@ import yaml
 
 from tests.patience import PATIENCE_S
 from zoo.cli import main as shell
-from zoo.core.cluster_scripts import ClusterJob, pytorch_job, slurm_script
+from zoo.core.launch.cluster_scripts import ClusterJob, pytorch_job, slurm_script
 
 JOB = ("finetune", "llama3", "--data", "stdlib", "--cp", "8")
 HOSTILE = [

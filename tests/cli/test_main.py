@@ -10,9 +10,9 @@ import pytest
 
 from zoo.cli import main as shell
 from zoo.core.errors import SavedOnSignal, UsageError
-from zoo.core.version import __version__
+from zoo.version import __version__
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
 
 COMMANDS = """
 import click

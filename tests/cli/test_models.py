@@ -6,7 +6,7 @@ import re
 import pytest
 
 from zoo.cli.main import main
-from zoo.core.limits import AxisLimits, axis_limits
+from zoo.core.model.axis_limits import AxisLimits, axis_limits
 
 SHAPE = ("LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")
 CUT = ("CP", "TP", "EP", "PP")

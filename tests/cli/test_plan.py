@@ -13,9 +13,9 @@ import zoo.models.llama3
 from tests.models import nas
 from zoo.cli.main import main
 from zoo.core.errors import UsageError
-from zoo.core.metrics import read_metrics
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.run.metrics import read_metrics
 
 MODELS = list(Registry(Plugins.load()).models)
 SIZES = [(entry.name, size) for entry in MODELS for size in entry.sizes]

@@ -15,11 +15,11 @@ from tests.distributed.pooled_command import command
 from zoo.cli.main import main
 from zoo.conversion.directory import open_directory
 from zoo.conversion.run import RunConverter
-from zoo.core import finished
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.checksums import NAME, Checksums
 from zoo.core.errors import DataError
-from zoo.core.metrics import read_metrics
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
+from zoo.core.storage import finished
+from zoo.core.storage.checksums import NAME, Checksums
 
 POSITIONS = 200
 JOB = ("llama3", "--seq", "64", "--save-every", "2", "--keep", "3", "--set", "log.peak_tflops=1")
@@ -82,11 +82,12 @@ def of_checkpoint(root):
 
 
 def of_run(root):
-    finished.require_intact(RunConverter().open(RunConverter().locate(str(root))))
+    opened = RunConverter().open(RunConverter().locate(str(root)))
+    finished.require_intact(opened.checksums, of_run=True)
 
 
 def of_import(root):
-    finished.require_intact(open_directory(root))
+    finished.require_intact(open_directory(root).checksums, of_run=False)
 
 
 @pytest.mark.parametrize(

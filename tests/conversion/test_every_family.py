@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from zoo.conversion.hf import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.rules import RuleBook, whole
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.model.load import ModuleSource, load_into
+from zoo.core.model.rules import RuleBook, whole
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 REGISTRY = Registry(Plugins.load())
 FAMILIES = [name for name in REGISTRY.models.names() if "tiny" in REGISTRY.models.get(name).sizes]

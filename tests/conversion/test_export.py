@@ -17,8 +17,8 @@ from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.hf import HfConverter
 from zoo.conversion.writer import Outgoing, plan_shards
 from zoo.core.errors import DataError
-from zoo.core.inventory import expected_tensors
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.model.inventory import expected_tensors
+from zoo.core.model.load import ModuleSource, load_into
 from zoo.models.llama3.model import SPEC
 
 

@@ -16,8 +16,8 @@ from tools.fuzz_cases import Case, bases, mutate
 from tools.fuzz_conversion import Fuzz, Watch
 from zoo.conversion import files, strict_json, transfer
 from zoo.core.errors import UsageError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 TOOL = Path(__file__).parents[2] / "tools" / "fuzz_conversion.py"
 

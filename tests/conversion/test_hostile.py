@@ -19,11 +19,11 @@ from zoo.conversion.files import copy_file
 from zoo.conversion.headers import read_header
 from zoo.conversion.hf import HfConverter
 from zoo.conversion.transfer import open_checked, transfer
-from zoo.core import inventory
 from zoo.core.errors import DataError, ZooError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.rules import whole
+from zoo.core.model import inventory
+from zoo.core.model.rules import whole
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 
 def refusal(path) -> str:

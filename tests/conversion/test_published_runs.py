@@ -14,8 +14,8 @@ import zoo
 import zoo.models.llama3
 from zoo.cli.main import main
 from zoo.core import api
-from zoo.core.checksums import NAME as CHECKSUMS
-from zoo.core.plugins import Plugins
+from zoo.core.registry.loading import Plugins
+from zoo.core.storage.checksums import NAME as CHECKSUMS
 
 TINY = Path(zoo.models.llama3.__file__).parent / "tiny"
 TEMPLATE = (
@@ -135,7 +135,7 @@ def test_a_source_that_goes_away_during_a_run_costs_no_save(base, tmp_path):
     source = shutil.copytree(base, tmp_path / "source")
     plugin = tmp_path / "remove.py"
     plugin.write_text(
-        "import shutil\nfrom zoo.core.hookspecs import hookimpl\nZOO_PLUGIN_API = 1\n"
+        "import shutil\nfrom zoo.core.registry.hookspecs import hookimpl\nZOO_PLUGIN_API = 1\n"
         f"@hookimpl\ndef zoo_run_start(run):\n    shutil.rmtree({str(source)!r})\n"
     )
     how = ("--from", source, "--data", __file__, "--seq", "64", "--steps", "1", "--out", tmp_path / "run")

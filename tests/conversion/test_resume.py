@@ -26,8 +26,8 @@ from zoo.conversion.hf import CONVERTER
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 REGISTRY = Registry(Plugins.load())
 

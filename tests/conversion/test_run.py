@@ -18,8 +18,8 @@ from tests.distributed import ranks
 from zoo.conversion.directory import open_directory
 from zoo.conversion.run import RunConverter, RunSource
 from zoo.core.errors import DataError, UsageError
-from zoo.core.rules import whole
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.model.load import ModuleSource, load_into
+from zoo.core.model.rules import whole
 from zoo.models.llama3.model import SPEC
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from zoo.conversion import ranges
 from zoo.conversion.directory import open_directory
 from zoo.conversion.hub_source import HubSource
-from zoo.core.rules import whole
+from zoo.core.model.rules import whole
 
 SHAPES = {"matrix": (11, 7), "vector": (13,), "scalar": (), "empty": (0, 4), "cube": (5, 3, 4), "flat": (3, 0)}
 

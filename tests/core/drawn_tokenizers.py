@@ -18,7 +18,7 @@ from tokenizers.processors import ByteLevel, Sequence as Processors, TemplatePro
 
 from tests.core.made_tokenizer import LLAMA3
 from zoo.core.errors import DataError
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer.tokenizer import Tokenizer
 
 BOS, EOS, UNK, PAD, SEP = "<s>", "</s>", "<unk>", "<pad>", "<|sep|>"
 START, END = "<|im_start|>", "<|im_end|>"

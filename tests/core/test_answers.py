@@ -8,38 +8,33 @@ import pytest
 import torch
 
 from tests.core.attention.formula import Formula
-from zoo.core import answers, model_answers
 from zoo.core.attention.answers import check_cover
 from zoo.core.attention.evaluate import attend, attend_backward
 from zoo.core.attention.forecast import Rates, forecast
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.attention.slices import local_slices
-from zoo.core.batch import Batch
-from zoo.core.contracts import (
-    HeadShape,
-    HubCheckpoint,
-    Losses,
-    ModelEntry,
-    ParallelAdapterEntry,
-    ParallelPlan,
-    Phase,
-    Record,
-    Remark,
-    Sample,
-    Stage,
-)
-from zoo.core.corpus import read_shard
+from zoo.core.contracts.attention import HeadShape, Stage
+from zoo.core.contracts.batch import Batch
+from zoo.core.contracts.checkpoints import HubCheckpoint
+from zoo.core.contracts.data import Record, Remark, Sample
+from zoo.core.contracts.entries import ModelEntry, ParallelAdapterEntry
+from zoo.core.contracts.models import Losses, ParallelPlan
+from zoo.core.contracts.parallel import Counts, Phase
+from zoo.core.contracts.weights import Piece
+from zoo.core.data.corpus import read_shard
 from zoo.core.errors import PluginError
-from zoo.core.forward_backward import Counts, OneByOne
-from zoo.core.inventory import meta_model, rule_book
-from zoo.core.metrics import Meter, Pending
-from zoo.core.plugin_checks import PluginProblem, gathered_entries
-from zoo.core.rules import Piece, Rename, Stack
-from zoo.core.step import StepResult
-from zoo.core.weights import ModuleSource
+from zoo.core.model import answers as model_answers
+from zoo.core.model.inventory import meta_model, rule_book
+from zoo.core.model.load import ModuleSource
+from zoo.core.model.rules import Rename, Stack
+from zoo.core.registry import answers
+from zoo.core.registry.checks import PluginProblem, gathered_entries
+from zoo.core.run.forward_backward import OneByOne
+from zoo.core.run.metrics import Meter, Pending
+from zoo.core.run.step import StepResult
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.models.llama3.model import SPEC as LLAMA
 from zoo.models.mixtral.model import SPEC as MIXTRAL
 from zoo.plugins.context.ring import Ring

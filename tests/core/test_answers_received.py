@@ -4,7 +4,7 @@ import pytest
 
 from zoo.cli.main import main
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
 
 FAMILY = """
 from zoo.models.llama3.sizes import EMBEDDED, SIZES

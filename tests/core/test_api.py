@@ -15,8 +15,8 @@ import torch.distributed as dist
 import zoo
 from zoo.core import api
 from zoo.core.errors import DataError, UsageError
-from zoo.core.metrics import read_metrics
-from zoo.core.plugins import Plugins
+from zoo.core.registry.loading import Plugins
+from zoo.core.run.metrics import read_metrics
 
 FLAGS = {"seq": 64, "steps": 2}
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

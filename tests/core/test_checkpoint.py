@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from zoo.core import finished
-from zoo.core.checkpoint import Checkpoints, _unloadable
-from zoo.core.checksums import NAME, Checksums, sum_of_file
 from zoo.core.errors import DataError, UsageError
+from zoo.core.run.checkpoint import Checkpoints, _unloadable
+from zoo.core.storage import finished
+from zoo.core.storage.checksums import NAME, Checksums, sum_of_file
 
 
 def written(folder, step, *, checksums=True):

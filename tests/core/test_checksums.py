@@ -9,9 +9,9 @@ import zlib
 import pytest
 from hypothesis import given, strategies as st
 
-from zoo.core import checksums
-from zoo.core.checksums import EMPTY, NAME, Checksums, Sum, SummingStream, sum_of, sum_of_file
 from zoo.core.errors import DataError
+from zoo.core.storage import checksums
+from zoo.core.storage.checksums import EMPTY, NAME, Checksums, Sum, SummingStream, sum_of, sum_of_file
 
 
 @given(st.lists(st.binary(max_size=300), max_size=6))

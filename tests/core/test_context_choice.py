@@ -5,18 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.row_layout import row_layout
-from zoo.core.choices import choose_attention
-from zoo.core.context_choice import choose_schemes, forecasts, load_scheme, rates, settled
-from zoo.core.contracts import HeadShape, Layout, ModelFacts
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import PluginError, UsageError
-from zoo.core.job import Job, LayoutSection
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.job.job import Job, LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.plan.choices import choose_attention
+from zoo.core.plan.schemes import choose_schemes, forecasts, load_scheme, rates, settled
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.row_layout import row_layout
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
 BUILT_IN = ("ring", "allgather", "ulysses", "hybrid", "halo")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zoo.cli.main import main
-from zoo.core import device
+from zoo.core.machine import device
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 import zoo
 from tests.core import small_runs
-from zoo.core.contracts import IGNORE
-from zoo.core.metrics import read_metrics
-from zoo.core.rows import RowStream
+from zoo.core.contracts.batch import IGNORE
+from zoo.core.data.rows import RowStream
+from zoo.core.run.metrics import read_metrics
 from zoo.plugins.tracking.progress_plugin import line
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.patience import PATIENCE_S
-from zoo.core.batch import Row, collate, row_mask
-from zoo.core.contracts import IGNORE, PADDING, Layout, ModelFacts
+from zoo.core.contracts.batch import IGNORE, PADDING, Row
+from zoo.core.contracts.layout import Layout, ModelFacts
+from zoo.core.data.collate import collate, row_mask
+from zoo.core.data.packing import Stats
 from zoo.core.errors import DataError
-from zoo.core.feed import Feed
-from zoo.core.windows import Stats
+from zoo.core.run.feed import Feed
 
 CPU = torch.device("cpu")
 

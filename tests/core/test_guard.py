@@ -9,10 +9,10 @@ from tokenizers import AddedToken, Tokenizer as Backend, normalizers
 from transformers import AutoTokenizer
 
 from tests.core.drawn_tokenizers import BOS, END, EOS, START, write
-from zoo.core.contracts import Record
+from zoo.core.contracts.data import Record
 from zoo.core.errors import DataError
-from zoo.core.tokenizer import GUARD, Tokenizer
-from zoo.core.tokenizer_files import tokenizer_files
+from zoo.core.tokenizer.files import tokenizer_files
+from zoo.core.tokenizer.tokenizer import GUARD, Tokenizer
 from zoo.plugins.data.messages import messages_sample
 
 THINKING = (

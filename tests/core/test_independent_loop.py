@@ -26,8 +26,8 @@ from tests.core.small_runs import FIELDS
 from tests.models import wide
 from tests.models.reference import FAMILIES
 from zoo.cli.main import main
-from zoo.core.metrics import read_metrics
-from zoo.core.rows import RowStream
+from zoo.core.data.rows import RowStream
+from zoo.core.run.metrics import read_metrics
 
 SEQ, BATCH, BALANCE = 100, 2, 0.05
 MODELING = {"llama3": "llama", "mixtral": "mixtral", "nemotron": "nemotron"}

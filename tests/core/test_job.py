@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from zoo.core.errors import UsageError
-from zoo.core.flags import FLAGS, from_flags
-from zoo.core.job import Job
-from zoo.core.written import read_file
+from zoo.core.job.flags import FLAGS, from_flags
+from zoo.core.job.job import Job
+from zoo.core.job.written import read_file
 
 
 def job(**flags):

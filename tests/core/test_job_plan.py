@@ -11,7 +11,7 @@ import pytest
 
 import zoo
 from zoo.cli.main import main
-from zoo.core.job_plan import JobPlan
+from zoo.core.plan.job_plan import JobPlan
 
 FLAGS = {"seq": "256", "cp": "2", "dp_shard": "2", "steps": "5", "global_batch": "4"}
 WORDS = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", value)]

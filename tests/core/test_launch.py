@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from zoo.core import rank_processes
-from zoo.core.bootstrap import start_file
 from zoo.core.errors import (
     DataError,
     LayoutError,
@@ -18,9 +16,12 @@ from zoo.core.errors import (
     UsageError,
     ZooError,
 )
-from zoo.core.launch import TRAINING, WorkerDied, verdict
-from zoo.core.office import Office
-from zoo.core.rank_processes import RankProcesses
+from zoo.core.launch import rank_processes
+from zoo.core.launch.bootstrap import start_file
+from zoo.core.launch.launcher import WorkerDied, verdict
+from zoo.core.launch.rank_folder import Office
+from zoo.core.launch.rank_processes import RankProcesses
+from zoo.core.run.worker import TRAINING
 
 
 @pytest.mark.parametrize("error", [UsageError("a"), NumericsError("b", 3), SavedOnSignal("c"), ZooError("d")])

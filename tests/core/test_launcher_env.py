@@ -3,7 +3,7 @@
 import pytest
 
 from zoo.core.errors import UsageError
-from zoo.core.launcher_env import OuterRank, speaks
+from zoo.core.machine.launcher_env import OuterRank, speaks
 
 TORCHRUN = {
     **{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},

@@ -11,14 +11,14 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from zoo.cli.main import main
-from zoo.core.degrees import AXES
 from zoo.core.errors import FitError, LayoutError
-from zoo.core.job import Job
-from zoo.core.layout_auto import with_degrees
-from zoo.core.machine import Machine
-from zoo.core.plugins import Plugins
-from zoo.core.prepare import elsewhere
-from zoo.core.registry import Registry
+from zoo.core.job.job import Job
+from zoo.core.machine.resources import Machine
+from zoo.core.mesh.degrees import AXES
+from zoo.core.plan.auto import with_degrees
+from zoo.core.plan.prepare import elsewhere
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 REGISTRY = Registry(Plugins.load())
 SIZES = [(family, size) for family in REGISTRY.models.names() for size in REGISTRY.models.get(family).sizes]

@@ -10,8 +10,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from tests.patience import PATIENCE_S
 from zoo.core.errors import UsageError
-from zoo.core.launcher_env import OuterRank
-from zoo.core.meeting import introduce, meeting_place
+from zoo.core.launch.meeting import introduce, meeting_place
+from zoo.core.machine.launcher_env import OuterRank
 
 
 def rank(number, world_size):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from zoo.core.degrees import Degrees
 from zoo.core.errors import UsageError
-from zoo.core.job import LayoutSection
-from zoo.core.resolve_degrees import resolve_degrees
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.plan.resolve_degrees import resolve_degrees
 
 
 def test_unset_data_parallel_degree_fills_the_accelerators():

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from zoo.core.metrics import MetricsFile, read_metrics
-from zoo.core.units import format_count, format_seconds, format_tokens, parse_tokens
+from zoo.core.humanize import format_count, format_seconds, format_tokens, parse_tokens
+from zoo.core.run.metrics import MetricsFile, read_metrics
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path):

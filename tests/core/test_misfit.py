@@ -13,7 +13,7 @@ import zoo
 from tests.conversion.conftest import save_model
 from zoo.cli.main import main
 from zoo.core.errors import DataError
-from zoo.core.misfit import why_names_differ
+from zoo.core.model.misfit import why_names_differ
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

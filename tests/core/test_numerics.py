@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.core.numerics import traced
+from zoo.core.run.nan_trace import traced
 
 
 class Bad(nn.Module):

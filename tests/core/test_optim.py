@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.core.job import OptimSection, ScheduleSection
-from zoo.core.optim import build_optimizer, build_schedule, clip_gradients
+from zoo.core.job.job import OptimSection, ScheduleSection
+from zoo.core.run.optim import build_optimizer, build_schedule, clip_gradients
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])

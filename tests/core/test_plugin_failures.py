@@ -5,11 +5,11 @@ import torch.distributed  # noqa: F401  (what a rank that lost its peers has imp
 
 from tests.distributions import status_of
 from zoo.core.errors import DataError, PluginFailed
-from zoo.core.plugin_failures import named
-from zoo.core.plugins import Plugins
+from zoo.core.registry.failures import named
+from zoo.core.registry.loading import Plugins
 from zoo.plugins.attention import dense
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\nfrom zoo.core.errors import DataError\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\nfrom zoo.core.errors import DataError\n"
 BROKEN = """
 @hookimpl
 def zoo_register_attention(): return [AttentionEntry(name="bad", target="zoo_bad:Kernel")]

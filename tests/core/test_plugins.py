@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributions import status_of
 from zoo.core.errors import PluginError
-from zoo.core.plugins import Plugins, differences
+from zoo.core.registry.loading import Plugins, differences
 
 GOOD = """
     from zoo import hookimpl
@@ -19,7 +19,7 @@ GOOD = """
         return [AttentionEntry(name="good-attn", target="good_kernel:Kernel")]
 """
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import AttentionEntry, ModelEntry\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import AttentionEntry, ModelEntry\n"
 
 BROKEN = {
     "import": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),

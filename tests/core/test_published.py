@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests.core.made_tokenizer import write_tokenizer
-from zoo.core.companions import companion_names
-from zoo.core.published import Trained, hub_files
+from zoo.core.storage.companions import companion_names
+from zoo.core.storage.published import Trained, hub_files
 
 CONFIG = {"model_type": "llama", "max_position_embeddings": 128, "eos_token_id": 1}
 OLD = "{% for m in messages %}old {{ m.content }}{% endfor %}"

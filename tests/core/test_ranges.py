@@ -11,9 +11,9 @@ import pytest
 
 from zoo.cli.main import main
 from zoo.core.errors import UsageError
-from zoo.core.flags import from_flags
-from zoo.core.job import Job
-from zoo.core.ranges import Span
+from zoo.core.job.flags import from_flags
+from zoo.core.job.job import Job
+from zoo.core.job.ranges import Span
 
 
 def numbers():
@@ -56,7 +56,7 @@ def test_layers_that_were_said_on_the_command_line_are_not_blamed_on_the_file(ca
 def test_every_number_has_a_span_that_holds_its_default():
     assert len(NUMBERS) >= 27
     for key, target in NUMBERS.items():
-        assert isinstance(SPANS[key], Span), f"{key} needs a span: declare it by zoo.core.ranges.number"
+        assert isinstance(SPANS[key], Span), f"{key} needs a span: declare it by zoo.core.job.ranges.number"
         assert target.default is None or target.default in SPANS[key], key
         assert target.default is None or target.default in (target.metadata.get("usual") or SPANS[key]), key
 

@@ -4,10 +4,10 @@ import pytest
 
 from tests.distributions import status_of
 from zoo.core.errors import DataError, PluginError, UsageError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Observers, Registry
+from zoo.core.registry.decisions import Observers, Registry
+from zoo.core.registry.loading import Plugins
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts import *\n"
+HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
 
 
 @pytest.fixture

@@ -13,19 +13,20 @@ from hypothesis import given, settings, strategies as st
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core.contracts import BlockShape, Layout
-from zoo.core.degrees import AXES, Degrees
+from zoo.core.contracts.layout import Layout
+from zoo.core.contracts.models import BlockShape
 from zoo.core.errors import FitError, LayoutError, UsageError
-from zoo.core.flags import FLAGS
-from zoo.core.inventory import block_shapes, meta_model, model_facts
-from zoo.core.job import Job
-from zoo.core.machine import Machine
-from zoo.core.plugins import Plugins
-from zoo.core.prepare import elsewhere
-from zoo.core.registry import Registry
-from zoo.core.resolve import parts_whole
-from zoo.core.state_memory import state_bytes
-from zoo.core.written import parse_assignments
+from zoo.core.job.flags import FLAGS
+from zoo.core.job.job import Job
+from zoo.core.job.written import parse_assignments
+from zoo.core.machine.resources import Machine
+from zoo.core.mesh.degrees import AXES, Degrees
+from zoo.core.model.inventory import block_shapes, meta_model, model_facts
+from zoo.core.plan.memory import state_bytes
+from zoo.core.plan.prepare import elsewhere
+from zoo.core.plan.resolve import parts_whole
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 from zoo.plugins.parallel.pipeline import PipelineParallel
 
 REGISTRY = Registry(Plugins.load())
@@ -243,7 +244,7 @@ def test_the_state_of_a_rank_is_what_is_said_of_it(model, words):
 
 
 def test_state_that_cannot_fit_ends_with_3_and_says_how_much_it_is(capsys, monkeypatch):
-    monkeypatch.setattr("zoo.core.machine.memory_bytes", lambda: 10**12)
+    monkeypatch.setattr("zoo.core.machine.resources.memory_bytes", lambda: 10**12)
     status = main(["plan", "llama3", "--size", "70b", "--from", "scratch", "--data", "stdlib", "--dtype", "bfloat16"])
     said = capsys.readouterr().err
     assert status == 3

@@ -13,8 +13,8 @@ import pytest
 
 from tests.core import small_runs, test_independent_loop as loop
 from zoo.cli.main import main
-from zoo.core.job import Job
-from zoo.core.metrics import read_metrics
+from zoo.core.job.job import Job
+from zoo.core.run.metrics import read_metrics
 
 TAKES_EFFECT = "read anew whenever ranks start"
 BY_LOOP = "takes effect on what is computed: tests/core/test_independent_loop.py resumes with each"

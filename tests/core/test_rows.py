@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from zoo.core import windows
-from zoo.core.contracts import IGNORE, Record, Remark
-from zoo.core.corpus import Corpus
+from zoo.core.contracts.batch import IGNORE
+from zoo.core.contracts.data import Record, Remark
+from zoo.core.data import packing as windows
+from zoo.core.data.corpus import Corpus
+from zoo.core.data.documents import Document, best_fit_decreasing
+from zoo.core.data.remarks import Remarks
+from zoo.core.data.rows import RowStream
 from zoo.core.errors import DataError
-from zoo.core.packing import Document, best_fit_decreasing
-from zoo.core.remarks import Remarks
-from zoo.core.rows import RowStream
 
 PAD = 10_000_000
 
@@ -61,7 +62,7 @@ def stream_of(source, seq=16, seed=0, window=48, convert=lambda r: to_document(r
     with ExitStack() as stack:
         stack.enter_context(patch.object(windows, "WINDOW_TOKENS", window))
         stack.enter_context(patch.object(windows, "WINDOW_ROWS", 2))
-        stack.enter_context(patch("zoo.core.corpus.BLOCK_RECORDS", 3))
+        stack.enter_context(patch("zoo.core.data.corpus.BLOCK_RECORDS", 3))
         stream = RowStream(source, convert, seq=seq, seed=seed, pad=PAD, **options)
         stack.callback(stream.close)
         yield stream

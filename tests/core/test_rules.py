@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from zoo.core.errors import DataError
-from zoo.core.rules import Concat, Part, Rename, RuleBook, Stack, row_blocks, whole
+from zoo.core.model.rules import Concat, Part, Rename, RuleBook, Stack, row_blocks, whole
 
 RULES = (
     Rename(ours="model.layers.{i}.router.weight", hub="model.layers.{i}.gate.weight"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from zoo.core.contracts.globs import find_modules, matches
 from zoo.core.errors import UsageError
-from zoo.core.seams import find_modules, matches, replace_modules
+from zoo.core.model.seams import replace_modules
 
 
 def model():

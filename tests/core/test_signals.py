@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from zoo.core.signals import NOTHING_YET, StopSignals, status_for_launcher, wishes
+from zoo.core.launch.signals import NOTHING_YET, StopSignals, status_for_launcher, wishes
 
 
 @pytest.fixture

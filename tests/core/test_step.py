@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.core.batch import Row, collate
-from zoo.core.contracts import Layout, Losses, ParallelAdapter
-from zoo.core.forward_backward import Counts
-from zoo.core.order import forward_backward
-from zoo.core.step import TrainState, train_step
+from zoo.core.contracts.batch import Row
+from zoo.core.contracts.layout import Layout
+from zoo.core.contracts.models import Losses
+from zoo.core.contracts.parallel import Counts, ParallelAdapter
+from zoo.core.data.collate import collate
+from zoo.core.run.assemble import forward_backward
+from zoo.core.run.step import TrainState, train_step
 
 LENGTH = 6
 LAYOUT = Layout(seq=LENGTH, dtype="float64")

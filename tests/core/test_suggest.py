@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.core.suggest import did_you_mean, near
+from zoo.core.errors import did_you_mean, near
 
 HOOKS = ["zoo_register_models", "zoo_register_commands", "zoo_register_converters", "zoo_step_end"]
 

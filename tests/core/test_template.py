@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from tests.core.drawn_tokenizers import write
 from zoo.core.errors import DataError
-from zoo.core.template import TODAY, literal_text, on_a_fixed_day
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.tokenizer.chat_template import TODAY, literal_text, on_a_fixed_day
+from zoo.core.tokenizer.tokenizer import Tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"x": "<&\u00e9>"}}}]
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}]

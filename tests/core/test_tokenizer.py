@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend, models
 
 from tests.core.made_tokenizer import SPECIAL, write_tokenizer
 from zoo.core.errors import DataError
-from zoo.core.tokenizer import Tokenizer
-from zoo.core.tokenizer_files import tokenizer_files
+from zoo.core.tokenizer.files import tokenizer_files
+from zoo.core.tokenizer.tokenizer import Tokenizer
 
 FAMILIES = ("llama3", "chatml", "mistral")
 

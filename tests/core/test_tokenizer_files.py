@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from tests.core.drawn_tokenizers import BOS, END, EOS, PAD, SEP, differences, draw, write
 from zoo.core.errors import DataError
-from zoo.core.tokenizer import Tokenizer
-from zoo.core.tokenizer_files import has_vocabulary, tokenizer_files
+from zoo.core.tokenizer.files import has_vocabulary, tokenizer_files
+from zoo.core.tokenizer.tokenizer import Tokenizer
 
 
 def theirs(path):
@@ -249,7 +249,7 @@ def test_nothing_leaves_the_machine(tmp_path):
         "import sys\n"
         "asked = []\n"
         "sys.addaudithook(lambda event, args: asked.append(event) if event.startswith('socket.') else None)\n"
-        "from zoo.core.tokenizer import Tokenizer\n"
+        "from zoo.core.tokenizer.tokenizer import Tokenizer\n"
         "assert 'transformers' not in sys.modules\n"
         f"tokenizer = Tokenizer.from_directory({str(path)!r})\n"
         "tokenizer.render([{'role': 'user', 'content': 'x'}])\n"

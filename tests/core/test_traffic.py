@@ -8,10 +8,11 @@ import json
 import pytest
 
 from zoo.cli import main as shell
-from zoo.core import api, traffic_report
-from zoo.core.contracts import ParallelAdapter, Phase
-from zoo.core.plugins import Plugins
-from zoo.core.traffic import sent
+from zoo.core import api
+from zoo.core.contracts.parallel import ParallelAdapter, Phase
+from zoo.core.plan import traffic_report
+from zoo.core.plan.traffic import sent
+from zoo.core.registry.loading import Plugins
 
 JOB = {"data": "README.md", "seq": "256", "size": "tiny", "from_": "scratch", "memory": "none", "dtype": "float32"}
 

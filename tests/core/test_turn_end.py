@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.core.made_tokenizer import CHATML, LLAMA3, MISTRAL, write_tokenizer
-from zoo.core.tokenizer import Tokenizer
-from zoo.core.turn_end import turn_end
+from zoo.core.tokenizer.tokenizer import Tokenizer
+from zoo.core.tokenizer.turn_end import turn_end
 
 EOS = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
 VICUNA = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}" + EOS + "{% endfor %}"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.patience import PATIENCE_S
-from zoo.core.watchdog import Limits, Watchdog, WatchedHeart
+from zoo.core.launch.watchdog import Limits, Watchdog, WatchedHeart
 
 RANK = """
 import os, sys, threading, time
@@ -165,7 +165,7 @@ def test_a_job_that_was_suspended_has_not_hung(tmp_path, hearts, clock):
 
 def test_without_a_launcher_a_rank_ends_itself_and_says_where_it_hung():
     script = (
-        "import time; from zoo.core.watchdog import Limits, LoneHeart\n"
+        "import time; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
         "with LoneHeart(3, Limits(0.5, 600)) as heart: heart.beat(); time.sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -180,7 +180,7 @@ def test_without_a_launcher_a_rank_ends_itself_and_says_where_it_hung():
 def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
     # PyDLL holds the interpreter's lock, as a driver that is stuck may.
     script = (
-        "import ctypes; from zoo.core.watchdog import Limits, LoneHeart\n"
+        "import ctypes; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
         "with LoneHeart(0, Limits(0.5, 0.5)): ctypes.PyDLL(None).sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -192,7 +192,7 @@ def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
 def test_a_rank_that_lost_the_others_is_watched_on_its_way_out(error, status):
     way_out = 600 if status else 2  # in seconds, and the limit is half of one
     script = (
-        "import time; from zoo.core.watchdog import Limits, LoneHeart\n"
+        "import time; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
         "try:\n"
         f"    with LoneHeart(0, Limits(0.5, 0.5)): raise {error}\n"
         f"except {error}: time.sleep({way_out})"

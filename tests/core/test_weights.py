@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zoo.core import inventory
 from zoo.core.errors import DataError
-from zoo.core.inventory import rules_for, tied_names
-from zoo.core.rules import Part, Stack
-from zoo.core.weights import ModuleSource, allocate, load_into
+from zoo.core.model import inventory
+from zoo.core.model.inventory import rules_for, tied_names
+from zoo.core.model.load import ModuleSource, allocate, load_into
+from zoo.core.model.rules import Part, Stack
 
 
 class Toy(nn.Module):

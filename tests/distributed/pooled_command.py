@@ -19,10 +19,11 @@ from torch.distributed import TCPStore
 from tests.distributed import ranks
 from tests.layout_commands import untimed
 from zoo.cli.main import main
-from zoo.core import launch, worker
-from zoo.core.launcher_env import STORE_FILE
-from zoo.core.metrics import read_metrics
-from zoo.core.watchdog import WatchedHeart
+from zoo.core.launch import launcher as launch
+from zoo.core.launch.watchdog import WatchedHeart
+from zoo.core.machine.launcher_env import STORE_FILE
+from zoo.core.run import worker
+from zoo.core.run.metrics import read_metrics
 
 
 def train(out, *args):

@@ -129,7 +129,7 @@ def _start():
     # Ranks are forked from one process that has imported torch and computed nothing.
     context = get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "zoo.core.worker"]
+        ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "zoo.core.run.worker"]
     )
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -165,7 +165,7 @@ def _serve(pipe):
 def _join(rank, world, store, timeout):
     import torch.distributed as dist
 
-    from zoo.core.world import forget_meshes
+    from zoo.core.launch.process_group import forget_meshes
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     # Said by every launcher; nobody meets there, unless the function says where.

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import zoo.models.llama3
 from tests.distributed.pooled_command import joined
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 pytestmark = pytest.mark.dist
 

@@ -13,7 +13,7 @@ import pytest
 import zoo
 from tests.distributed.pooled_command import joined_in_turn
 from tests.patience import PATIENCE_S
-from zoo.core.metrics import read_metrics
+from zoo.core.run.metrics import read_metrics
 
 pytestmark = pytest.mark.dist
 

@@ -7,8 +7,8 @@ import pytest
 from safetensors import safe_open
 
 from tests.distributed.pooled_command import command, train
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "zoo-pico"
 LAYOUTS = [

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.command import train, zoo
-from zoo.core.inventory import rule_book
-from zoo.core.weights import ModuleSource
+from zoo.core.model.inventory import rule_book
+from zoo.core.model.load import ModuleSource
 from zoo.models.llama3.sizes import TINY
 from zoo.models.mixtral.model import SPEC
 

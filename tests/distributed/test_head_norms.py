@@ -13,8 +13,8 @@ from tests import layouts
 from tests.distributed import ranks
 from tests.models.head_norms import NORMS, normed
 from zoo.core.errors import LayoutError
-from zoo.core.inventory import meta_model
-from zoo.core.tensor_styles import style_objection, unnamed_module
+from zoo.core.model.inventory import meta_model
+from zoo.core.model.tensor_styles import style_objection, unnamed_module
 from zoo.plugins.parallel.tensor import TensorParallel
 
 DENSE, SPARSE = "dense-head-norms", "sparse-head-norms"

@@ -12,8 +12,8 @@ import pytest
 from tests.distributed.hosts import two_hosts
 from tests.distributed.test_survival import children
 from tests.patience import PATIENCE_S
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

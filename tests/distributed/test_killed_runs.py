@@ -19,8 +19,8 @@ from tests.distributed.test_survival import (
     wait_for_workers,
 )
 from tests.patience import PATIENCE_S
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 KILLS = 10
 

@@ -16,12 +16,12 @@ from tests.core.test_feed import Stream
 from tests.distributed import ranks
 from tests.distributed.pooled_command import train
 from tests.layout_commands import MODELS, Case, Corpus, furthest
-from zoo.core import run as training
-from zoo.core.batch import Row
-from zoo.core.contracts import IGNORE, Layout
-from zoo.core.degrees import AXES, PEER_AXES, Degrees
-from zoo.core.feed import Feed, reads_data
-from zoo.core.mesh import Mesh
+from zoo.core.contracts.batch import IGNORE, Row
+from zoo.core.contracts.layout import Layout
+from zoo.core.mesh.degrees import AXES, PEER_AXES, Degrees
+from zoo.core.mesh.mesh import Mesh
+from zoo.core.run import run as training
+from zoo.core.run.feed import Feed, reads_data
 
 pytestmark = pytest.mark.dist
 

@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed import ranks
-from zoo.core.degrees import AXES, Degrees, coordinates, drawn_axes, groups
-from zoo.core.mesh import Mesh
-from zoo.core.mesh_drawing import draw_svg, draw_text
+from zoo.core.mesh.degrees import AXES, Degrees, coordinates, drawn_axes, groups
+from zoo.core.mesh.drawing import draw_svg, draw_text
+from zoo.core.mesh.mesh import Mesh
 
 DEGREES = [
     Degrees(pp=2, cp=2, tp=2),

@@ -7,8 +7,8 @@ import pytest
 from tests import layouts
 from tests.distributed import ranks
 from tests.distributed.test_traffic import counted
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 PLUGIN = """
 from zoo import hookimpl

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core import run as run_module
-from zoo.core.contracts import AttentionProblem
-from zoo.core.determinism import determinism
+from zoo.core.contracts.attention import AttentionProblem
+from zoo.core.run import run as run_module
+from zoo.core.run.determinism import determinism
 from zoo.plugins.attention.sdpa_cuda import Cudnn
 
 REDUCES = ("_reduce_scatter_base_", "allreduce_", "reduce_scatter_", "reduce_")

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests import layouts
 from tests.distributed import ranks
-from zoo.core import checkpoint
-from zoo.core.batch import Row
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.contracts import Layout
-from zoo.core.degrees import Degrees
-from zoo.core.feed import Feed, reads_data
-from zoo.core.mesh import Mesh
-from zoo.core.metrics import Meter, Pending
-from zoo.core.windows import Stats
+from zoo.core.contracts.batch import Row
+from zoo.core.contracts.layout import Layout
+from zoo.core.data.packing import Stats
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.mesh.mesh import Mesh
+from zoo.core.run import checkpoint
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.feed import Feed, reads_data
+from zoo.core.run.metrics import Meter, Pending
 
 pytestmark = pytest.mark.dist
 

@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from tests import layouts
 from tests.distributed import ranks
 from tests.patience import PATIENCE_S
-from zoo.core import checkpoint, checksums, finished
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.checksums import Checksums
 from zoo.core.errors import DataError
-from zoo.core.saver import Saver
-from zoo.core.world import host_group
+from zoo.core.launch.process_group import host_group
+from zoo.core.run import checkpoint
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.saver import Saver
+from zoo.core.storage import checksums, finished
+from zoo.core.storage.checksums import Checksums
 
 pytestmark = pytest.mark.dist
 

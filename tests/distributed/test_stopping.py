@@ -20,9 +20,9 @@ import pytest
 from tests.command import start
 from tests.distributed.test_survival import children, wait_until
 from zoo.cli.main import main
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
-from zoo.core.signals import NOTHING_YET
+from zoo.core.launch.signals import NOTHING_YET
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 JOB = ("finetune", "llama3", "--seq", "256", "--save-every", "1")
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.command import start, train, zoo
 from tools import kill_ranks
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.metrics import read_metrics
-from zoo.core.watchdog import pulses
+from zoo.core.launch.watchdog import pulses
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.run.metrics import read_metrics
 
 JOB = ("llama3", "--seq", "256", "--cp", "2", "--steps", "40", "--save-every", "1")
 PATIENCE_S = 900
@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     hung, waiting = (0, 1) if "rank 0 hangs" in error else (1, 0)
     assert f"rank {hung} hangs and does not answer" in error
     assert f"rank {waiting} waits in " in error
-    assert "zoo/core/train.py" in err.partition(f"rank {waiting}:")[2]
+    assert "zoo/core/run/train.py" in err.partition(f"rank {waiting}:")[2]
     assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")]
 
 
@@ -259,7 +259,7 @@ def wait_for_a_save(run):
         time.sleep(0.001)
 
 
-def children(pid, word="zoo.core.worker"):
+def children(pid, word="zoo.core.run.worker"):
     """Worker processes below a launcher: those with that word in their command line."""
     found = []
     for entry in os.listdir("/proc"):

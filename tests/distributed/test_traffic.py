@@ -20,16 +20,17 @@ import torch.distributed as dist
 
 from tests import layouts
 from tests.distributed import ranks
-from zoo.core.batch import collate
-from zoo.core.contracts import IGNORE
-from zoo.core.degrees import Degrees
-from zoo.core.feed import Feed
-from zoo.core.forward_backward import Counts
-from zoo.core.mesh import Mesh
-from zoo.core.metrics import Meter, Pending
-from zoo.core.step import StepResult, train_step
-from zoo.core.traffic import Microbatch, sent, step_traffic
-from zoo.core.world import any_rank
+from zoo.core.contracts.account import Microbatch
+from zoo.core.contracts.batch import IGNORE
+from zoo.core.contracts.parallel import Counts
+from zoo.core.data.collate import collate
+from zoo.core.launch.process_group import any_rank
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.mesh.mesh import Mesh
+from zoo.core.plan.traffic import sent, step_traffic
+from zoo.core.run.feed import Feed
+from zoo.core.run.metrics import Meter, Pending
+from zoo.core.run.step import StepResult, train_step
 from zoo.testing.traffic import Routed, Wire, compared
 
 pytestmark = pytest.mark.dist

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from zoo.core.seams import find_modules
+from zoo.core.contracts.globs import find_modules
 from zoo.models.common.norms import RMSNorm
 from zoo.models.common.rope import rotate
 from zoo.models.llama3.model import SPEC as LLAMA

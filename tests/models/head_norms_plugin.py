@@ -1,7 +1,7 @@
 """The families of `head_norms` as a plugin file."""
 
 from zoo import hookimpl
-from zoo.core.contracts import ModelEntry
+from zoo.core.contracts.entries import ModelEntry
 
 NAMES = {"dense-head-norms": "DENSE", "sparse-head-norms": "SPARSE"}
 

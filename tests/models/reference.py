@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.rounding import rounding
-from zoo.core.contracts import Losses, ModelSpec
+from zoo.core.contracts.models import Losses, ModelSpec
 from zoo.models.llama3.model import SPEC as LLAMA
 from zoo.models.mixtral.model import SPEC as MIXTRAL
 from zoo.models.nemotron.model import SPEC as NEMOTRON

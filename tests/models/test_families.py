@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from tests.models.reference import FAMILIES, draw_fields, token_loss
-from zoo.core.contracts import Layout, ModelFacts
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.globs import find_modules
+from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import UsageError
-from zoo.core.seams import find_modules, replace_modules
-from zoo.core.weights import ModuleSource, allocate, load_into
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.model.load import ModuleSource, allocate, load_into
+from zoo.core.model.seams import replace_modules
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

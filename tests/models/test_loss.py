@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional
 
-from zoo.core.contracts import IGNORE
+from zoo.core.contracts.batch import IGNORE
 from zoo.models.common import loss
 from zoo.models.common.loss import TokenLoss
 

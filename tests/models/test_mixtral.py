@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from tests.models.reference import FAMILIES, check_fp32, check_logits, draw_fields, gradients, pair
-from zoo.core.contracts import IGNORE, PADDING
-from zoo.core.inventory import rule_book, rules_for
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.contracts.batch import IGNORE, PADDING
+from zoo.core.model.inventory import rule_book, rules_for
+from zoo.core.model.load import ModuleSource, load_into
 from zoo.models.common.moe import route
 from zoo.models.mixtral.model import SPEC
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from zoo.core.routing import by_expert, combine, permute, spread
+from zoo.core.model.routing import by_expert, combine, permute, spread
 from zoo.models.common import moe
 from zoo.models.common.moe import GroupedMatmul, RouterStats, SparseMoE, balance_loss, init_experts, route
 

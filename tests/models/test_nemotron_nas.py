@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tests.models import nas
-from zoo.core.contracts import HeadShape
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.contracts.globs import find_modules
 from zoo.core.errors import DataError
-from zoo.core.seams import find_modules
 from zoo.models.nemotron_nas.config import num_parameters
 from zoo.models.nemotron_nas.model import SPEC
 from zoo.models.nemotron_nas.plugin import zoo_match_checkpoint, zoo_rope_for_length

@@ -18,7 +18,7 @@ from tests.models.reference import (
     token_loss,
 )
 from tests.rounding import rounding
-from zoo.core.contracts import IGNORE
+from zoo.core.contracts.batch import IGNORE
 
 SEEDS = 24
 

@@ -11,11 +11,11 @@ from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, M
 
 from tests.models.reference import check_fp32
 from zoo.cli.main import main
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.errors import DataError
-from zoo.core.seams import replace_modules
-from zoo.core.weights import ModuleSource, load_into
+from zoo.core.model.load import ModuleSource, load_into
+from zoo.core.model.seams import replace_modules
+from zoo.core.sequence.mask import Mask
 from zoo.models.common import AttentionCore
 from zoo.models.llama3.config import hub_config, override, parse
 from zoo.models.llama3.model import SPEC

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
-from zoo.core.contracts import AttentionProblem
+from zoo.core.contracts.attention import AttentionProblem
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention import dense
 from zoo.plugins.attention.dense import Dense
 from zoo.testing.attention import AttentionContract, Example, reference

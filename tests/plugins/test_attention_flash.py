@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.plugins.fake_flash import install
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
-from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention import flash, flash_versions, sdpa_plugin
 from zoo.plugins.attention.bands import Band, bands
 from zoo.plugins.attention.flash import Flash

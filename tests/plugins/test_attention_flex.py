@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
-from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention import flex, flex_blocks
 from zoo.plugins.attention.bands import launches
 from zoo.plugins.attention.flex import Flex

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.core.contracts import AttentionProblem
+from zoo.core.contracts.attention import AttentionProblem
 from zoo.plugins.attention import sdpa_cuda, sdpa_plugin
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.testing.attention import AttentionContract

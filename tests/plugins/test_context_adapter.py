@@ -12,15 +12,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed import ranks
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
-from zoo.core.batch import Batch
-from zoo.core.contracts import HeadShape, Layout, ModelFacts, ParallelPlan
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.contracts.batch import Batch
+from zoo.core.contracts.layout import Layout, ModelFacts
+from zoo.core.contracts.models import ParallelPlan
 from zoo.core.errors import UsageError
-from zoo.core.job import LayoutSection
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.row_layout import row_layout
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.plugins.context.allgather import Allgather
 from zoo.plugins.context.halo import Halo

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import patient
-from zoo.core.contracts import AttentionProblem, HeadShape
+from zoo.core.contracts.attention import AttentionProblem, HeadShape
 from zoo.plugins.context.heads import share_heads, sharing_problem
 from zoo.plugins.context.hybrid import Hybrid, best_group
 from zoo.plugins.context.ulysses import Ulysses

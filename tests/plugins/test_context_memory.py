@@ -8,10 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.distributed import ranks
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.wire import Link
-from zoo.core.contracts import HeadShape
+from zoo.core.contracts.attention import HeadShape, Link
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.plugins.context.allgather import Allgather
 from zoo.plugins.context.halo import Halo

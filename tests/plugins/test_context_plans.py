@@ -7,12 +7,12 @@ from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
 from tests.work import lines_run
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.needs import remote_needs
-from zoo.core.attention.ranges import count, union
 from zoo.core.attention.wire import rows_in
-from zoo.core.contracts import Forecast, HeadShape
+from zoo.core.contracts.attention import Forecast, HeadShape
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.ranges import count, union
 from zoo.plugins.context import (
     allgather_plugin,
     choice_plugin,

@@ -9,13 +9,12 @@ from tests.core.attention.draw import layouts, masks
 from tests.core.attention.formula import Formula
 from tests.distributed import ranks
 from tests.rounding import rounding
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.ranges import count
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
-from zoo.core.attention.wire import Link
-from zoo.core.contracts import AttentionProblem, HeadShape
+from zoo.core.contracts.attention import AttentionProblem, HeadShape, Link
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.ranges import count
 from zoo.plugins.attention.dense import Dense
 from zoo.plugins.attention.flex import Flex
 from zoo.plugins.attention.sdpa import Sdpa

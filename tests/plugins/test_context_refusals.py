@@ -17,15 +17,16 @@ import pytest
 import torch
 
 from tests.core.attention import threads
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.context_choice import choose_schemes, load_scheme
-from zoo.core.contracts import AttentionProblem, HeadShape, Layout, ModelFacts
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.attention import AttentionProblem, HeadShape
+from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import DataError, UsageError
-from zoo.core.job import LayoutSection
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.plan.schemes import choose_schemes, load_scheme
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention import flash
 from zoo.plugins.attention.flash_versions import VERSIONS
 from zoo.plugins.parallel.context import ContextParallel

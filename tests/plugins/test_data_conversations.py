@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
 
 from tests.plugins.chat_families import FAMILIES, write_family
-from zoo.core.contracts import Record
+from zoo.core.contracts.data import Record
+from zoo.core.data.samples import LOSS_ON, Samples
 from zoo.core.errors import DataError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.samples import LOSS_ON, Samples
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.tokenizer.tokenizer import Tokenizer
 from zoo.plugins.data.conversation import inside
 
 USER = {"role": "user", "content": "What is two and two?"}

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from zoo.core.data.documents import Document
+from zoo.core.data.rows import RowStream
 from zoo.core.errors import DataError
-from zoo.core.packing import Document
-from zoo.core.rows import RowStream
 from zoo.plugins.data import files, lines, texts
 from zoo.plugins.data.files import open_files
 from zoo.plugins.data.stdlib import is_held_out, open_stdlib

@@ -8,13 +8,13 @@ from itertools import groupby
 import pytest
 
 from tests.core.made_tokenizer import LLAMA3, write_tokenizer
-from zoo.core.contracts import Record
+from zoo.core.contracts.data import Record
+from zoo.core.data.rows import open_rows
+from zoo.core.data.samples import Samples
 from zoo.core.errors import DataError, PluginError, UsageError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.rows import open_rows
-from zoo.core.samples import Samples
-from zoo.core.tokenizer import Tokenizer
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.tokenizer.tokenizer import Tokenizer
 
 FAMILIES = ("llama3", "chatml", "mistral")
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core.contracts import Layout
-from zoo.core.degrees import Degrees
-from zoo.core.job import LayoutSection
+from zoo.core.contracts.layout import Layout
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
 from zoo.plugins.parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.zero1 import ShardedOptimizer

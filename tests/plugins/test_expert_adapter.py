@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from tests import layouts
 from tests.distributed import ranks
-from zoo.core.contracts import ExpertShape, Layout, ModelFacts, ParallelPlan
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.layout import Layout, ModelFacts
+from zoo.core.contracts.models import ExpertShape, ParallelPlan
 from zoo.core.errors import UsageError
-from zoo.core.routing import Routing
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.model.routing import Routing
 from zoo.models.common.moe import Dispatch, Experts, balance_objection
 from zoo.plugins.parallel.expert import ExpertDispatch, ExpertParallel
 from zoo.plugins.parallel.fsdp import FullyShardedData

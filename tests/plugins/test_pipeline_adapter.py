@@ -21,11 +21,12 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from tests import layouts
 from tests.command import zoo
-from zoo.core.contracts import HeadShape, Layout, ModelFacts
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import UsageError
-from zoo.core.inventory import model_facts
-from zoo.core.job import LayoutSection
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.model.inventory import model_facts
 from zoo.models.common.loss import TokenLoss
 from zoo.plugins.parallel.cut import Cut
 from zoo.plugins.parallel.pipeline import PipelineParallel

@@ -16,21 +16,17 @@ from torch.distributed.tensor import DTensor, Shard
 from tests import layouts
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.core.attention.mask import Mask
-from zoo.core.checkpoint import Checkpoints
-from zoo.core.contracts import (
-    IGNORE,
-    ExpertShape,
-    HeadShape,
-    Layout,
-    ModelFacts,
-    ParallelPlan,
-)
-from zoo.core.degrees import Degrees
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.contracts.batch import IGNORE
+from zoo.core.contracts.layout import Layout, ModelFacts
+from zoo.core.contracts.models import ExpertShape, ParallelPlan
 from zoo.core.errors import UsageError
-from zoo.core.inventory import cut_widths
-from zoo.core.job import LayoutSection
-from zoo.core.mesh import Mesh
+from zoo.core.job.job import LayoutSection
+from zoo.core.mesh.degrees import Degrees
+from zoo.core.mesh.mesh import Mesh
+from zoo.core.model.inventory import cut_widths
+from zoo.core.run.checkpoint import Checkpoints
+from zoo.core.sequence.mask import Mask
 from zoo.models.common.loss import TokenLoss
 from zoo.plugins.parallel import tensor_ranks
 from zoo.plugins.parallel.tensor import TensorParallel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.core.contracts import RunInfo
+from zoo.core.contracts.run import RunInfo
 from zoo.core.errors import UsageError
 from zoo.plugins.tracking.progress_plugin import Progress, line
 from zoo.plugins.tracking.tensorboard import TensorBoard

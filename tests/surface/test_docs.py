@@ -8,9 +8,9 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from zoo.core import hookspecs
-from zoo.core.plugin_checks import HOOKS, gathered_entries, implemented_hooks
-from zoo.core.plugins import Plugins
+from zoo.core.registry import hookspecs
+from zoo.core.registry.checks import HOOKS, gathered_entries, implemented_hooks
+from zoo.core.registry.loading import Plugins
 from zoo.models.llama3.model import SPEC
 from zoo.models.llama3.plugin import zoo_rope_for_length
 from zoo.models.llama3.sizes import SIZES

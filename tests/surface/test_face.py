@@ -17,7 +17,7 @@ import zoo.models.common
 import zoo.testing
 from tests.surface.test_imports import builtin_entry_points
 from tools import api_page
-from zoo.core.public_names import lazy_getattr, modules_of
+from zoo.public_names import lazy_getattr, modules_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"zoo": zoo, "zoo.models.common": zoo.models.common, "zoo.testing": zoo.testing}
@@ -89,7 +89,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_importing_the_packages_and_what_plugin_modules_need_imports_no_torch():
-    light = [name for name, home in HOMES["zoo"].items() if home in ("zoo.core.entries", "zoo.core.errors")]
+    light = [name for name, home in HOMES["zoo"].items() if home in ("zoo.core.contracts.entries", "zoo.core.errors")]
     script = (
         f"import sys, zoo, zoo.models.common\nfrom zoo import hookimpl, {', '.join(light)}\n"
         "from zoo.models.common import Family, Fields, DecoderConfig, read_decoder\n"
@@ -228,7 +228,7 @@ def contract_names():
         for node in tree.body:
             if getattr(node, "name", None) == name:
                 yield from ((name, home, found) for found in _signature_names(node))
-    hooks = importlib.import_module("zoo.core.hookspecs")
+    hooks = importlib.import_module("zoo.core.registry.hookspecs")
     for node in ast.parse(Path(hooks.__file__).read_text()).body:
         if isinstance(node, ast.FunctionDef):
             yield from ((node.name, hooks.__name__, found) for found in _signature_names(node))

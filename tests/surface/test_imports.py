@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.core.plugins import Plugins
+from zoo.core.registry.loading import Plugins
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN_IN_MODELS = {"torch.distributed", "os", "DTensor", "distribute_tensor", "DeviceMesh", "ProcessGroup"}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from zoo.cli.bench_attention import Answer, Measured
-from zoo.core.attention.survey import Figures, layer_flops
-from zoo.core.table import table
-from zoo.core.units import format_bytes, format_duration, format_tokens
+from zoo.core.bench.compare import Answer, Measured
+from zoo.core.bench.figures import Figures, layer_flops
+from zoo.core.humanize import format_bytes, format_duration, format_tokens, table
 
 _WORK = ("SCHEME", "LAYOUT", "FLOPS", "LARGEST", "HIDDEN", "PREDICTED")
 _BYTES = ("SCHEME", "PASS", "BUSIEST", "ALL RANKS", "NEEDED", "BOUND")

@@ -12,17 +12,17 @@ from typing import Any
 import click
 
 from zoo.cli.session import Session, pass_session
-from zoo.core.contracts import Record
+from zoo.core.contracts.data import Record
+from zoo.core.data.documents import Document
+from zoo.core.data.report import Problems, Survey, records, survey
+from zoo.core.data.rows import open_source
+from zoo.core.data.samples import LOSS_ON, Samples
 from zoo.core.errors import DataError, UsageError
-from zoo.core.packing import Document
-from zoo.core.registry import Registry
-from zoo.core.rows import open_source
-from zoo.core.samples import LOSS_ON, Samples
-from zoo.core.survey import Problems, Survey, records, survey
-from zoo.core.tokenizer import Tokenizer
-from zoo.core.tokenizer_files import read_object
-from zoo.core.units import parse_tokens
-from zoo.core.vocabulary import check_vocabulary
+from zoo.core.humanize import parse_tokens
+from zoo.core.registry.decisions import Registry
+from zoo.core.tokenizer.files import read_object
+from zoo.core.tokenizer.tokenizer import Tokenizer
+from zoo.core.tokenizer.vocabulary import check_vocabulary
 
 
 @click.group()

@@ -8,12 +8,12 @@ from dataclasses import asdict
 
 import click
 
-from zoo.cli.checkup import Finding, machine_findings
 from zoo.cli.plugins import tried
 from zoo.cli.session import Session, pass_session
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
-from zoo.core.table import table
+from zoo.core.humanize import table
+from zoo.core.machine.checkup import Finding, machine_findings
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 _NEEDED = ("models", "attention", "data_formats")
 

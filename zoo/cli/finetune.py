@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from zoo.cli.job_options import job_options
-from zoo.core.launcher_env import speaks
-from zoo.core.plugins import Plugins
+from zoo.core.machine.launcher_env import speaks
+from zoo.core.registry.loading import Plugins
 
 
 @click.command()

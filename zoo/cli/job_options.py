@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.core.flags import FLAGS
+from zoo.core.job.flags import FLAGS
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,9 +9,9 @@ import click
 import yaml
 
 from zoo.cli.finetune import finetune
-from zoo.core.cluster_scripts import ClusterJob, pytorch_job, slurm_script
 from zoo.core.errors import UsageError
-from zoo.core.plugins import Plugins
+from zoo.core.launch.cluster_scripts import ClusterJob, pytorch_job, slurm_script
+from zoo.core.registry.loading import Plugins
 
 
 @click.group()
@@ -87,7 +87,7 @@ def _job(
     ctx: click.Context, print_: bool, *, words: tuple[str, ...], name: str | None, nodes: int, gpus_per_node: int
 ) -> ClusterJob:
     """The job, checked as if for this machine with as many ranks. Raises UsageError."""
-    from zoo.core import cluster  # noqa: PLC0415  (torch, which `--help` does without)
+    from zoo.core.plan import nodes as cluster  # noqa: PLC0415  (torch, which `--help` does without)
 
     cluster_name = ctx.info_name
     if not print_:

@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from zoo.cli.session import KEY, Session
-from zoo.core.entries import load_target
+from zoo.core.contracts.entries import load_target
 from zoo.core.errors import SavedOnSignal, ZooError, one_line
-from zoo.core.signals import status_for_launcher
-from zoo.core.version import __version__
+from zoo.core.launch.signals import status_for_launcher
+from zoo.version import __version__
 
 CORE_COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("zoo.cli.models:models", "List model families and their sizes."),
@@ -156,7 +156,7 @@ def _plugins_named(ctx: click.Context) -> Iterator[None]:
         if isinstance(error, SystemExit) and ctx.invoked_subcommand not in CORE_COMMANDS:
             raise
         # Imported now, for it costs each command some time.
-        told = load_target("zoo.core.plugin_failures:named")(error, _session(ctx).loaded)
+        told = load_target("zoo.core.registry.failures:named")(error, _session(ctx).loaded)
         if told is error:
             raise
         raise told from error

@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from zoo.cli.session import Session, pass_session
-from zoo.core.entries import ModelEntry
-from zoo.core.limits import axis_limits, kv_heads
-from zoo.core.table import table
-from zoo.core.units import format_count, format_tokens
+from zoo.core.contracts.entries import ModelEntry
+from zoo.core.humanize import format_count, format_tokens, table
+from zoo.core.model.axis_limits import axis_limits, kv_heads
 
 _SHAPE = ("PARAMS", "LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")
 _HEADER = ("MODEL", "SIZE", *_SHAPE, "CP", "TP", "EP", "PP", "CHECKPOINT", "FROM")

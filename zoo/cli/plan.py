@@ -10,7 +10,7 @@ import click
 
 from zoo.cli.job_options import job_options
 from zoo.core.errors import UsageError
-from zoo.core.plugins import Plugins
+from zoo.core.registry.loading import Plugins
 
 
 @click.command()
@@ -47,7 +47,7 @@ def plan(
     """Resolve and check a job: model, kernel, scheme, layout, memory policy, and why. Starts nothing."""
     # They import torch, which `--help` does without.
     from zoo.core import api  # noqa: PLC0415
-    from zoo.core.job_plan import job_plan  # noqa: PLC0415
+    from zoo.core.plan.job_plan import job_plan  # noqa: PLC0415
 
     if layout_only:
         text, picture = api.layout(

@@ -10,11 +10,10 @@ from typing import Any
 import click
 
 from zoo.cli.session import Session, pass_session
-from zoo.core.errors import UsageError
-from zoo.core.plugins import PluginStatus
-from zoo.core.registry import Registry
-from zoo.core.suggest import did_you_mean, normalised
-from zoo.core.table import table
+from zoo.core.errors import UsageError, did_you_mean, normalised
+from zoo.core.humanize import table
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import PluginStatus
 
 _HEADER = ("NAME", "VERSION", "API", "STATUS", "PROVIDES", "FROM")
 

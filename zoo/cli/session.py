@@ -8,9 +8,9 @@ from functools import cached_property
 import click
 from click.decorators import pass_meta_key
 
-from zoo.core.launcher_env import speaks
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.machine.launcher_env import speaks
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
 
 
 class Session:

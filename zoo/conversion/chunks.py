@@ -17,7 +17,7 @@ import torch
 
 from zoo import DataError
 from zoo.conversion.ranges import Files, Place
-from zoo.core.rules import Shape
+from zoo.core.contracts.weights import Shape
 
 _MAX_PICKLE = 1 << 16
 _LOCAL_HEADER = 30

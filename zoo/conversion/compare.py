@@ -14,8 +14,8 @@ from zoo.conversion.progress import progress
 from zoo.conversion.stream import Tick, checksum, default_threads, in_parallel
 from zoo.conversion.transfer import Opened, written_dtype
 from zoo.conversion.writer import Outgoing
-from zoo.core.finished import require_intact
-from zoo.core.inventory import rule_book
+from zoo.core.model.inventory import rule_book
+from zoo.core.storage.finished import require_intact
 
 
 def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: int | None = None) -> str:
@@ -23,7 +23,7 @@ def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: 
 
     `dtype` is what the copy was cast to. Raises DataError naming what differs.
     """
-    require_intact(source.checkpoint, threads=threads)
+    require_intact(source.checkpoint.checksums, of_run=source.checkpoint.own_names, threads=threads)
     where = f"{copy.checkpoint.path} is no copy of {source.checkpoint.path}"
     if copy.spec.name != source.spec.name or _fields(copy) != _fields(source):
         raise DataError(f"{where}: their {CONFIG} describe different models; import it again into another OUT")
@@ -43,7 +43,7 @@ def compare(source: Opened, copy: Opened, *, dtype: str | None = None, threads: 
         if _content(source.checkpoint.path / name) != _content(copy.checkpoint.path / name):
             raise DataError(f"{where}: {name} differs; copy that file again")
     # What belongs to no tensor, as a header, only the checksums know.
-    require_intact(copy.checkpoint, threads=threads)
+    require_intact(copy.checkpoint.checksums, of_run=copy.checkpoint.own_names, threads=threads)
     return (
         f"{copy.checkpoint.path}: {len(tensors)} tensors and {len(files)} files are those of {source.checkpoint.path}"
     )

@@ -14,10 +14,10 @@ from zoo.conversion.foreign import ADAPTER, adapter_refusal, check_quantised
 from zoo.conversion.headers import NAME, NAME_RULE
 from zoo.conversion.hub_source import HubSource
 from zoo.conversion.strict_json import parse_object
-from zoo.core.companions import companion_names
-from zoo.core.finished import changed_directory
-from zoo.core.inventory import MAX_TENSORS
-from zoo.core.tokenizer_files import TEMPLATES
+from zoo.core.model.inventory import MAX_TENSORS
+from zoo.core.storage.companions import companion_names
+from zoo.core.storage.finished import changed_directory
+from zoo.core.tokenizer.files import TEMPLATES
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 
 from zoo import DataError
 from zoo.conversion.files import read_bounded
-from zoo.core.companions import ADAPTER_CONFIG
+from zoo.core.storage.companions import ADAPTER_CONFIG
 
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 """Files that peft writes."""

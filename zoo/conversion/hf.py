@@ -24,10 +24,10 @@ from zoo.conversion.progress import progress
 from zoo.conversion.stream import Stream, default_threads
 from zoo.conversion.unfinished import JOURNAL, check_space, check_target, unfinished
 from zoo.conversion.writer import SHARD_BYTES, Outgoing, Shard, plan_shards, write_index, write_json
-from zoo.core.checksums import Sum, sum_of_file
-from zoo.core.companions import GENERATION
-from zoo.core.inventory import check_tensors, rule_book
-from zoo.core.tokenizer_files import TEMPLATES
+from zoo.core.model.inventory import check_tensors, rule_book
+from zoo.core.storage.checksums import Sum, sum_of_file
+from zoo.core.storage.companions import GENERATION
+from zoo.core.tokenizer.files import TEMPLATES
 
 _MAX_CONFIG = 1 << 20
 _DROPPED = ("auto_map", "_name_or_path", "quantization_config")

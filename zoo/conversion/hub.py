@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from zoo import DataError
-from zoo.core.tokenizer_files import TEMPLATES
+from zoo.core.tokenizer.files import TEMPLATES
 
 LOGIN = "hf auth login"
 _REPO = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"

@@ -13,8 +13,8 @@ from torch import Tensor
 from zoo import DataError
 from zoo.conversion.headers import Header, read_header
 from zoo.conversion.ranges import Files, Place
-from zoo.core.inventory import MAX_TENSORS
-from zoo.core.rules import Index
+from zoo.core.contracts.weights import Index
+from zoo.core.model.inventory import MAX_TENSORS
 
 _MAX_SHARDS = 2000
 

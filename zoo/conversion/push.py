@@ -10,8 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
 from zoo import DataError, UsageError
 from zoo.conversion.hub import LOGIN, hub_reason, is_hub_id
-from zoo.core.checksums import NAME as CHECKSUMS
-from zoo.core.companions import ADAPTER_CONFIG, is_companion, is_licence
+from zoo.core.storage.checksums import NAME as CHECKSUMS
+from zoo.core.storage.companions import ADAPTER_CONFIG, is_companion, is_licence
 
 _WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?", re.ASCII)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from zoo import DataError
 from zoo.conversion.files import identity, open_file
-from zoo.core.rules import Index, Shape, row_blocks, whole
+from zoo.core.contracts.weights import Index, Shape
+from zoo.core.model.rules import row_blocks, whole
 
 _SHORT, _ROW = 4 << 10, 16 << 10
 """Bytes: shorter runs out of rows no longer than that are read with their rows, as a call for each would cost more."""

@@ -20,8 +20,9 @@ from zoo import Checksums, DataError, HubCheckpoint, ModelSpec, Piece, TensorSou
 from zoo.conversion.chunks import chunk_place
 from zoo.conversion.directory import CONFIG, companions, read_object
 from zoo.conversion.ranges import Files, Place
-from zoo.core.finished import PROGRESS, damaged, find
-from zoo.core.rules import Index, check_cover
+from zoo.core.contracts.weights import Index
+from zoo.core.model.rules import check_cover
+from zoo.core.storage.finished import PROGRESS, damaged, find
 
 _PREFIX = "model."
 _MAX_CONFIG = 1 << 20

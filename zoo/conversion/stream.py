@@ -31,7 +31,7 @@ from zoo import DataError, TensorSource
 from zoo.conversion.headers import read_header
 from zoo.conversion.unfinished import Journal, sync
 from zoo.conversion.writer import BLOCK_BYTES, Block, Outgoing, Shard
-from zoo.core.checksums import Sum, sum_of
+from zoo.core.storage.checksums import Sum, sum_of
 
 Tick = Callable[[int], None]
 """Told of bytes as they are done."""

@@ -12,11 +12,11 @@ from typing import Any
 from zoo import Converter, DataError, HubCheckpoint, ModelSpec, Registry, TensorSource
 from zoo.conversion.directory import CONFIG, open_directory
 from zoo.conversion.writer import parse_size
-from zoo.core.finished import require_intact
-from zoo.core.inventory import IGNORABLE, checked_book
-from zoo.core.model_answers import loaded_spec, parsed
-from zoo.core.sources import family_of, open_checkpoint
-from zoo.core.units import format_duration
+from zoo.core.humanize import format_duration
+from zoo.core.model.answers import loaded_spec, parsed
+from zoo.core.model.inventory import IGNORABLE, checked_book
+from zoo.core.plan.origin import family_of, open_checkpoint
+from zoo.core.storage.finished import require_intact
 
 STORED = "stored"
 """`--dtype stored`: each tensor in its own type."""
@@ -58,7 +58,7 @@ def transfer(
     Raises UsageError or DataError.
     """
     started = time.perf_counter()
-    require_intact(opened.checkpoint, threads=threads)
+    require_intact(opened.checkpoint.checksums, of_run=opened.checkpoint.own_names, threads=threads)
     files = {name: opened.checkpoint.path / name for name in (*opened.checkpoint.files, CONFIG)}
     converter.export(
         opened.spec,

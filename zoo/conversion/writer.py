@@ -14,7 +14,8 @@ from pathlib import Path
 from zoo import UsageError
 from zoo.conversion.directory import INDEX, SINGLE
 from zoo.conversion.headers import BYTES, DTYPES
-from zoo.core.rules import Index, row_blocks, whole
+from zoo.core.contracts.weights import Index
+from zoo.core.model.rules import row_blocks, whole
 
 SHARD_BYTES = 5_000_000_000
 """The hub's own limit, in decimal gigabytes."""

@@ -13,31 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.core import finished, weights
-from zoo.core.agreement import agreed
-from zoo.core.cluster import fill_nodes
-from zoo.core.device import accelerator_type, peak_tflops
 from zoo.core.errors import UsageError, one_line
-from zoo.core.flags import from_flags
-from zoo.core.inventory import checked_book
-from zoo.core.job import Job
-from zoo.core.job_plan import JobPlan, job_plan
-from zoo.core.lasting_output import open_closed_streams
-from zoo.core.launch import TRAINING, WorkerDied, launch
-from zoo.core.launcher_env import OuterRank
-from zoo.core.layout_auto import with_degrees
-from zoo.core.machine import Machine
-from zoo.core.mesh_drawing import draw_svg, draw_text, wrapped
-from zoo.core.model_answers import built, loaded_spec, parsed
-from zoo.core.plugins import Plugins
-from zoo.core.preflight import check_start
-from zoo.core.prepare import Prepared, elsewhere, prepare, with_recipe
-from zoo.core.registry import Registry
-from zoo.core.resolve_degrees import resolve_degrees
-from zoo.core.sources import family_of, open_checkpoint
-from zoo.core.train import joined, train, train_prepared
-from zoo.core.watchdog import Heart, Limits, LoneHeart
-from zoo.core.world import lost_touch
+from zoo.core.job.flags import from_flags
+from zoo.core.job.job import Job
+from zoo.core.launch.lasting_output import open_closed_streams
+from zoo.core.launch.launcher import WorkerDied, launch
+from zoo.core.launch.process_group import lost_touch
+from zoo.core.launch.watchdog import Heart, Limits, LoneHeart
+from zoo.core.machine.device import accelerator_type, peak_tflops
+from zoo.core.machine.launcher_env import OuterRank
+from zoo.core.machine.resources import Machine
+from zoo.core.mesh.drawing import draw_svg, draw_text, wrapped
+from zoo.core.model import load as weights
+from zoo.core.model.answers import built, loaded_spec, parsed
+from zoo.core.model.inventory import checked_book
+from zoo.core.plan.auto import with_degrees
+from zoo.core.plan.job_plan import JobPlan, job_plan
+from zoo.core.plan.nodes import fill_nodes
+from zoo.core.plan.origin import family_of, open_checkpoint
+from zoo.core.plan.prepare import Prepared, elsewhere, prepare, with_recipe
+from zoo.core.plan.resolve_degrees import resolve_degrees
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.run.agreement import agreed
+from zoo.core.run.preflight import check_start
+from zoo.core.run.train import joined, train, train_prepared
+from zoo.core.run.worker import TRAINING
+from zoo.core.storage import finished
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +54,7 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     """
     registry = Registry(Plugins.load())
     opened = open_checkpoint(str(path), registry)
-    finished.require_intact(opened)
+    finished.require_intact(opened.checksums, of_run=opened.own_names)
     if opened.own_names and opened.checksums is None:
         warnings.warn(f"{path} has no checksums, so it is read unchecked", stacklevel=2)
     spec = loaded_spec(registry.models, family_of(opened, str(path), registry))
@@ -130,6 +132,7 @@ def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say:
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
+        TRAINING,
         max_restarts=job.launch.max_restarts,
         timeout_s=job.layout.timeout,
     )

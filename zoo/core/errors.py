@@ -1,6 +1,9 @@
-"""The errors a user can meet. Each carries the exit code of the command it ends."""
+"""The errors a user can meet, each with the exit code of the command it ends; and the names that would have worked."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 
 class ZooError(Exception):
@@ -89,3 +92,29 @@ def one_line(error: BaseException) -> str:
     except Exception:  # a stranger's __str__ may itself be broken
         lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# Names that are nearly right ----------------------------------------------------------------------
+
+
+def normalised(name: str) -> str:
+    """A name as it is compared: lower case, with `-`, `_` and `.` alike."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def near(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
+    """Known names that a typing error or another spelling turns into `name`, best first; else those it is a part of."""
+    from difflib import SequenceMatcher  # noqa: PLC0415  (only a message about a wrong name needs it)
+
+    wanted = normalised(name)
+    ratios = {one: SequenceMatcher(a=wanted, b=normalised(one)).ratio() for one in sorted(known)}
+    least = max(0.6, max(ratios.values(), default=0.0) - 0.1)
+    close = sorted((one for one in ratios if ratios[one] >= least), key=lambda one: -ratios[one])
+    parts = [one for one in ratios if len(wanted) > 2 and wanted in normalised(one)]
+    return (close or parts)[:limit]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or nothing when no known name is near."""
+    found = near(name, known)
+    return f"did you mean {' or '.join(repr(one) for one in found)}?" if found else ""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from zoo import AttentionBackend, AttentionProblem, Mask, SequenceLayout, local_slices, remote_slices
 from zoo.core.attention.partial import Gradients, Result
-from zoo.core.attention.ranges import Ranges, complement, union
 from zoo.core.attention.slices import Step
+from zoo.core.sequence.ranges import Ranges, complement, union
 
 SHAPES = ((1, 1, 1, 16), (1, 4, 4, 16), (2, 4, 2, 32), (1, 6, 1, 8))
 """B, N, G, H: one head, equal heads, grouped heads in a batch, one key/value head for all."""

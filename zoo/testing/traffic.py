@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo import Account, ParallelPlan, find_modules
-from zoo.core.traffic import Kind, Total
+from zoo.core.contracts.account import Kind, Total
 
 _Payload = Callable[[tuple[Any, ...], int, int], int]
 """Bytes of a call's arguments, of a rank of a group of so many."""
@@ -54,7 +54,7 @@ _QUIET = {"recv_", "recv_any_source_", "wait_tensor", "_wrap_tensor_autograd", "
 class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside `with`, every collective of this thread is counted.
 
-    `totals` has them by kind and ranks of the group: how many messages, and bytes as `zoo.core.traffic` defines them.
+    `totals` has them by kind and ranks of the group: how many messages, and bytes as `zoo.core.plan.traffic` defines them.
     Raises NotImplementedError at a collective it cannot count.
     """
 

@@ -2,9 +2,9 @@
 
 from hypothesis import settings, strategies as st
 
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import SliceRule
+from zoo.core.contracts.attention import SliceRule
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 
 # Examples take as long as the machine is busy, so time is no reason to fail.
 patient = settings(deadline=None, max_examples=80)

@@ -9,10 +9,10 @@ from hypothesis import given, strategies as st
 from benchmarks.balance import KINDS, areas, imbalance, least_travelling, packed, travelling
 from tests.core.attention.draw import patient
 from tests.work import lines_run
-from zoo.core.attention.balance import RIGHT, SLACK, _Circle, _Row, balanced, visible_before_each
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask, visible_before
 from zoo.core.errors import UsageError
+from zoo.core.sequence.balance import RIGHT, SLACK, _Circle, _Row, balanced, visible_before_each
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask, visible_before
 
 MILLION = 1 << 20
 

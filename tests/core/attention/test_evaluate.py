@@ -7,11 +7,11 @@ from hypothesis import given, strategies as st
 from tests.core.attention.draw import masks, patient
 from tests.core.attention.formula import Formula
 from zoo.core.attention.evaluate import attend, attend_backward
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
-from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.contracts.attention import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.sequence.mask import Mask
 from zoo.testing.attention import Example, reference, reference_lse
 
 FULL, CAUSAL, ANTICAUSAL = SliceRule

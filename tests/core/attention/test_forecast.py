@@ -6,9 +6,9 @@ import pytest
 
 from tests.work import lines_run
 from zoo.core.attention.forecast import BACKWARD_FLOPS, FORWARD_FLOPS, Rates, forecast, sent_bytes
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import HeadShape, Stage
+from zoo.core.contracts.attention import HeadShape, Stage
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.context.allgather import Allgather
 from zoo.plugins.context.halo import Halo
 from zoo.plugins.context.ring import Ring

@@ -7,8 +7,8 @@ import torch
 
 from zoo.core.attention import kernel
 from zoo.core.attention.kernel import RectangleBackend
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionSlice, SliceRule
+from zoo.core.sequence.mask import Mask
 from zoo.testing.attention import Example, reference
 
 FULL, CAUSAL = SliceRule.FULL, SliceRule.CAUSAL

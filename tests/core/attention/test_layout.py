@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, patient, positions
-from zoo.core.attention.layout import SequenceLayout
 from zoo.core.errors import UsageError
+from zoo.core.sequence.layout import SequenceLayout
 
 
 def test_head_tail_pairs_parts_from_both_ends():

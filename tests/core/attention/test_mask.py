@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 
 from tests.core.attention.draw import masks, patient, visible
-from zoo.core.attention.mask import Mask
 from zoo.core.errors import DataError
+from zoo.core.sequence.mask import Mask
 
 
 @patient

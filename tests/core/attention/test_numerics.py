@@ -10,10 +10,10 @@ import torch
 from tests.core.attention import threads
 from zoo.core.attention import evaluate, kernel, partial
 from zoo.core.attention.evaluate import attend, attend_backward
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.slices import local_slices
-from zoo.core.contracts import HeadShape
+from zoo.core.contracts.attention import HeadShape
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention.dense import Dense
 from zoo.plugins.attention.sdpa import Sdpa
 from zoo.plugins.context import ring

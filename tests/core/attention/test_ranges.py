@@ -3,7 +3,7 @@
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import patient, positions
-from zoo.core.attention.ranges import RowIndex, complement, count, union
+from zoo.core.sequence.ranges import RowIndex, complement, count, union
 
 PARTS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=8)
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import masks, patient
-from zoo.core.attention.balance import balanced
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.ranges import union
-from zoo.core.attention.row_layout import BALANCES, row_layout
 from zoo.core.attention.slices import local_slices, remote_slices
+from zoo.core.sequence.balance import balanced
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.ranges import union
+from zoo.core.sequence.row_layout import BALANCES, row_layout
 
 PLAIN = {None: 4}
 PACKED = Mask(96, ((0, 5), (5, 31), (40, 77), (77, 96)))

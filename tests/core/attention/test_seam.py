@@ -5,12 +5,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.core.attention.formula import Formula
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
-from zoo.core.contracts import Stage
+from zoo.core.contracts.attention import Stage
 from zoo.core.errors import UsageError
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 from zoo.testing.attention import Example, reference
 
 SHARDED = ShardedMask(Mask.whole(80), SequenceLayout.head_tail(80, 2), 0)

@@ -6,12 +6,12 @@ from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
 from tests.work import lines_run
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.needs import remote_needs, rows_needed
-from zoo.core.attention.ranges import union
 from zoo.core.attention.slices import Step, local_slices, remote_slices
-from zoo.core.contracts import AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionSlice, SliceRule
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.ranges import union
 
 FULL, CAUSAL, ANTICAUSAL = SliceRule
 

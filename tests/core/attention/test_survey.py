@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 
 from tests.core.attention.draw import layouts, masks, patient, positions, visible
-from zoo.core.attention import measure
 from zoo.core.attention.forecast import Rates
-from zoo.core.attention.mask import Mask
-from zoo.core.attention.mask_text import MaskWords
-from zoo.core.attention.survey import layer_flops, remote_rows, survey
-from zoo.core.context_choice import load_scheme
-from zoo.core.contracts import HeadShape
+from zoo.core.bench import measure
+from zoo.core.bench.figures import layer_flops, remote_rows, survey
+from zoo.core.bench.mask_text import MaskWords
+from zoo.core.contracts.attention import HeadShape
 from zoo.core.errors import DataError, UsageError
-from zoo.core.plugins import Plugins
-from zoo.core.registry import Registry
+from zoo.core.plan.schemes import load_scheme
+from zoo.core.registry.decisions import Registry
+from zoo.core.registry.loading import Plugins
+from zoo.core.sequence.mask import Mask
 
 HEADS = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)
 RATES = Rates(flops=500e12, link=450e9, value_bytes=2, gradient_bytes=4)

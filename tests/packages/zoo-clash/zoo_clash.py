@@ -1,7 +1,7 @@
 """A plugin that takes two names: one of a built-in and one of another package."""
 
 from zoo import hookimpl
-from zoo.core.contracts import AttentionEntry
+from zoo.core.contracts.entries import AttentionEntry
 
 
 @hookimpl

@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from zoo.core.answers import is_count, shown, wrong
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import ContextScheme, HeadShape, Stage
+from zoo.core.contracts.attention import ContextScheme, HeadShape, Stage
+from zoo.core.registry.answers import is_count, shown, wrong
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 
 _WIDE = (torch.float32, torch.float64)
 _PROBED_RANKS = 8

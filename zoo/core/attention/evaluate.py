@@ -13,9 +13,9 @@ from torch import Tensor
 
 from zoo.core.attention.answers import check_attention, check_gradients, is_first
 from zoo.core.attention.merge import accumulation_dtype, merge_
-from zoo.core.attention.ranges import Range
 from zoo.core.attention.slices import Slices, Step
-from zoo.core.contracts import AttentionBackend, AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionBackend, AttentionSlice, SliceRule
+from zoo.core.sequence.ranges import Range
 
 
 def attend(

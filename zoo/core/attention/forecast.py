@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zoo.core.attention.answers import stages_of
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import ContextScheme, Forecast, HeadShape, Stage
+from zoo.core.contracts.attention import ContextScheme, Forecast, HeadShape, Stage
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 
 FORWARD_FLOPS = 4
 """FLOPs of a score and a number of a head: a multiply-add for q k^T, one for the weighted sum of v."""

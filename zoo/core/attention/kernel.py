@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.core.attention.answers import check_attention, check_gradients, is_first
 from zoo.core.attention.merge import accumulation_dtype, merge_
-from zoo.core.contracts import AttentionProblem, AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionProblem, AttentionSlice, SliceRule
 
 _Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from zoo.core.attention.evaluate import attend, attend_backward
 from zoo.core.attention.merge import accumulation_dtype, merge_
-from zoo.core.attention.ranges import Range
 from zoo.core.attention.slices import Slices, Step
-from zoo.core.contracts import AttentionBackend
+from zoo.core.contracts.attention import AttentionBackend
+from zoo.core.sequence.ranges import Range
 
 
 class Result:

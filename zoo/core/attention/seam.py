@@ -14,11 +14,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from zoo.core.attention.answers import check_exchanged, check_gradients, is_first
 from zoo.core.attention.evaluate import attend, attend_backward
-from zoo.core.attention.mask import Mask
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.attention.slices import Slices, local_slices
-from zoo.core.contracts import AttentionBackend, ContextPlan, HeadShape
+from zoo.core.contracts.attention import AttentionBackend, ContextPlan, HeadShape
 from zoo.core.errors import UsageError
+from zoo.core.sequence.mask import Mask
 
 
 class AttentionSeam(nn.Module):

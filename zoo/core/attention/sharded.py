@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zoo.core.attention.answers import check_plan, is_first
-from zoo.core.attention.layout import SequenceLayout
-from zoo.core.attention.mask import Mask
+from zoo.core.sequence.layout import SequenceLayout
+from zoo.core.sequence.mask import Mask
 
 if TYPE_CHECKING:
-    from zoo.core.attention.wire import Link
-    from zoo.core.contracts import ContextPlan, ContextScheme, HeadShape
+    from zoo.core.contracts.attention import ContextPlan, ContextScheme, HeadShape, Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

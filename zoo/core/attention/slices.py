@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from zoo.core.attention.mask import Document, Mask
-from zoo.core.attention.ranges import Range, Ranges, RowIndex
-from zoo.core.contracts import AttentionSlice, SliceRule
+from zoo.core.contracts.attention import AttentionSlice, SliceRule
+from zoo.core.sequence.mask import Document, Mask
+from zoo.core.sequence.ranges import Range, Ranges, RowIndex
 
 Slices = tuple[AttentionSlice, ...]
 

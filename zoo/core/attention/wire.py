@@ -12,22 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from zoo.core.attention.ranges import Range, Ranges, count
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The ranks of one context-parallel group, and the type in which numbers travel between them."""
-
-    group: ProcessGroup
-    dtype: torch.dtype | None = None
-    """None: K/V in their own type, sums of gradients in fp32 (fp64 stays). bfloat16 halves the traffic of fp32."""
-
-    def carried(self, dtype: torch.dtype) -> torch.dtype:
-        """The type on the wire of numbers of a type: never a wider one."""
-        return self.dtype if self.dtype is not None and self.dtype.itemsize < dtype.itemsize else dtype
+from zoo.core.contracts.attention import Link
+from zoo.core.sequence.ranges import Range, Ranges, count
 
 
 def row_bytes(k: Tensor, dtype: torch.dtype | None = None) -> int:

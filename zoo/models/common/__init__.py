@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoo.core.public_names import Groups, lazy_getattr, modules_of
+from zoo.public_names import Groups, lazy_getattr, modules_of
 
 if TYPE_CHECKING:
     from zoo.models.common.attention import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo import ModelEntry, hookimpl
-from zoo.core.entries import load_target
+from zoo.core.contracts.entries import load_target
 
 if TYPE_CHECKING:
     from zoo import Layout

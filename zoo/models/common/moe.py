@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo import RouterStats, Routing
-from zoo.core.routing import by_expert, combine, spread
+from zoo.core.model.routing import by_expert, combine, spread
 
 if TYPE_CHECKING:
     from zoo import Layout

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo import AttentionProblem, AttentionSlice
 from zoo.core.attention.merge import accumulation_dtype, merge_
-from zoo.core.attention.ranges import Range
+from zoo.core.sequence.ranges import Range
 from zoo.plugins.attention.bands import Band, Launch, box, launches, shifted
 
 

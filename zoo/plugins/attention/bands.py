@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from zoo import AttentionSlice, SliceRule
-from zoo.core.attention.ranges import Range
+from zoo.core.sequence.ranges import Range
 
 
 class Band(NamedTuple):

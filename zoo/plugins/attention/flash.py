@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo import AttentionProblem, UsageError
-from zoo.core.attention.ranges import Range, complement
+from zoo.core.sequence.ranges import Range, complement
 from zoo.plugins.attention.banded import BandedBackend
 from zoo.plugins.attention.bands import Band, Launch
 from zoo.plugins.attention.flash_versions import Segments, Version, installed

@@ -15,8 +15,8 @@ from torch import Tensor
 from zoo import AttentionBackend, AttentionProblem, HeadShape, Link, Mask, SequenceLayout
 from zoo.core.attention.merge import accumulation_dtype
 from zoo.core.attention.partial import Gradients, Result
-from zoo.core.attention.ranges import Range, count
 from zoo.core.attention.wire import Transfer, add_rows, empty_rows, heads, pack, post, rows_in
+from zoo.core.sequence.ranges import Range, count
 from zoo.plugins.context.fetch_plan import FetchPlan, fetch_plan
 
 _KEYS, _GRADIENTS = 0, 1

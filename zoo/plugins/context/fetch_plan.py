@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 
 from zoo import HeadShape, Mask, SequenceLayout, Stage, local_slices, remote_needs, remote_slices
 from zoo.core.attention.needs import rows_needed
-from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices, Step
 from zoo.core.attention.wire import Message, rows_in
+from zoo.core.sequence.ranges import Range, Ranges, RowIndex, count, union
 
 
 @dataclass(frozen=True, slots=True)

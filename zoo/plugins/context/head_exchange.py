@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from zoo import Link
-from zoo.core.attention.ranges import Range
 from zoo.core.attention.wire import exchange
+from zoo.core.sequence.ranges import Range
 from zoo.plugins.context.hybrid_plan import HybridPlan
 
 _IN, _OUT = 2, 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from zoo import HeadShape
-from zoo.core.attention.ranges import Range
+from zoo.core.sequence.ranges import Range
 
 
 @dataclass(frozen=True, slots=True)

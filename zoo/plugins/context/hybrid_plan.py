@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from zoo import HeadShape, Mask, SequenceLayout, Stage
-from zoo.core.attention.ranges import Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices
+from zoo.core.sequence.ranges import Ranges, RowIndex, count, union
 from zoo.plugins.context.heads import HeadShare, share_heads
 from zoo.plugins.context.ring_plan import RingPlan, ring_plan
 

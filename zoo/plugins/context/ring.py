@@ -11,8 +11,8 @@ from torch import Tensor
 from zoo import AttentionBackend, AttentionProblem, HeadShape, Link, Mask, SequenceLayout
 from zoo.core.attention.merge import accumulation_dtype
 from zoo.core.attention.partial import Gradients, Result
-from zoo.core.attention.ranges import Ranges, complement, count
 from zoo.core.attention.wire import Transfer, add_rows, empty_rows, heads, pack, post
+from zoo.core.sequence.ranges import Ranges, complement, count
 from zoo.plugins.context.ring_plan import RingPass, RingPlan, ring_plan
 
 _KEYS, _GRADIENTS = 0, 1

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 from zoo import HeadShape, Mask, Need, SequenceLayout, Stage, local_slices, remote_needs, remote_slices
-from zoo.core.attention.ranges import Range, Ranges, RowIndex, count, union
 from zoo.core.attention.slices import Slices, Step
 from zoo.core.attention.wire import Message, rows_in
+from zoo.core.sequence.ranges import Range, Ranges, RowIndex, count, union
 
 GRADIENT_WEIGHT = 2
 """What a gradient row costs relative to a K/V row when the backward direction is chosen: fp32 beside bf16."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo import DataError, Record, Remark, Sample, Tokenizer
-from zoo.core.tokenizer import GUARD
+from zoo.core.tokenizer.tokenizer import GUARD
 from zoo.plugins.data.forms import forms, is_unreadable
 from zoo.plugins.data.losses import lost
 from zoo.plugins.data.markers import lacking, named, spelt_in_turns

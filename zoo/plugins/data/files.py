@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from zoo import DataError, Record
-from zoo.core.suggest import did_you_mean
+from zoo.core.errors import did_you_mean
 from zoo.plugins.data.lines import read_lines
 from zoo.plugins.data.texts import PIECE_BYTES, read_text
 

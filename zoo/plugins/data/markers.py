@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from zoo import Remark
-from zoo.core.tokenizer import GUARD
+from zoo.core.tokenizer.tokenizer import GUARD
 
 _SHAPE = r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|<(?:start|end)_of_turn>"
 """What special tokens of chats look like in one vocabulary or another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zoo import hookimpl
-from zoo.core.entries import load_target
+from zoo.core.contracts.entries import load_target
 
 if TYPE_CHECKING:
     from zoo import DataSource

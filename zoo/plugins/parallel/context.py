@@ -23,10 +23,10 @@ from zoo import (
     UsageError,
     replace_modules,
 )
-from zoo.core.attention.row_layout import row_layout
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, Question, ShardedMask
-from zoo.core.traffic import COUNT_BYTES
+from zoo.core.contracts.account import COUNT_BYTES
+from zoo.core.sequence.row_layout import row_layout
 
 if TYPE_CHECKING:
     from zoo import Account, Mask

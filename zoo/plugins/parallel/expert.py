@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
 from zoo import Layout, ParallelAdapter, ParallelPlan, Phase, Routing, UsageError, find_modules, replace_modules
-from zoo.core.routing import Arrangement, by_expert, combine, permute, spread
-from zoo.core.traffic import COUNT_BYTES
+from zoo.core.contracts.account import COUNT_BYTES
+from zoo.core.model.routing import Arrangement, by_expert, combine, permute, spread
 
 if TYPE_CHECKING:
     from zoo import Account, Mesh

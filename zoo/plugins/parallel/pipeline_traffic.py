@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo import Account
-from zoo.core.traffic import COUNT_BYTES, Microbatch
+from zoo.core.contracts.account import COUNT_BYTES, Microbatch
 from zoo.plugins.parallel.cut import Cut
 from zoo.plugins.parallel.stages import SCHEDULES, stages_of
 from zoo.plugins.parallel.tensor_ranks import share_of

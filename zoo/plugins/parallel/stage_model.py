@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo import Counts, RouterStats, Sums, UsageError
-from zoo.core.forward_backward import as_losses
-from zoo.core.model_answers import check_losses
+from zoo.core.model.answers import check_losses
+from zoo.core.run.forward_backward import as_losses
 from zoo.plugins.parallel.cut import Cut
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from zoo import Layout, LayoutSection, SeamName
-from zoo.core.suggest import did_you_mean
+from zoo.core.errors import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

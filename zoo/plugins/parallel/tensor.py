@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from zoo import Layout, ParallelAdapter, ParallelPlan, Phase, TensorStyle, UsageError, find_modules, replace_modules
-from zoo.core.plan import CUT_STYLES
-from zoo.core.seams import matches
+from zoo.core.contracts.globs import matches
+from zoo.core.contracts.models import CUT_STYLES
 from zoo.plugins.parallel.tensor_loss import VocabularyLoss
 from zoo.plugins.parallel.tensor_modules import (
     Colwise,

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from zoo import Account, TensorStyle
-from zoo.core.plan import CUT_STYLES
-from zoo.core.seams import matches
-from zoo.core.traffic import COUNT_BYTES, Kind, Microbatch, Weight
+from zoo.core.contracts.account import COUNT_BYTES, Kind, Microbatch, Weight
+from zoo.core.contracts.globs import matches
+from zoo.core.contracts.models import CUT_STYLES
 from zoo.plugins.parallel.tensor_loss import chunk_rows
 from zoo.plugins.parallel.tensor_ranks import in_messages
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from zoo import Account
-from zoo.core.traffic import Weight
+from zoo.core.contracts.account import Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

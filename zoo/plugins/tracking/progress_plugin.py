@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from zoo import hookimpl
-from zoo.core.units import format_seconds
+from zoo.core.humanize import format_seconds
 
 if TYPE_CHECKING:
     from zoo import RunInfo
