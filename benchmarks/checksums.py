@@ -56,8 +56,8 @@ def serve(folder: Path, megabytes: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from zoo.conversion.hf import CONVERTER
-    from zoo.conversion.run import RunConverter
+    from zoo.conversion.hf.converter import CONVERTER
+    from zoo.conversion.run.converter import RunConverter
     from zoo.core.job.job import OptimSection, ScheduleSection
     from zoo.core.run import checkpoint
     from zoo.core.run.checkpoint import Checkpoints

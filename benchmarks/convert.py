@@ -57,7 +57,7 @@ def make_checkpoint(folder: Path, fields: dict, *, form: int) -> int:
     """Random bytes under the names and shapes of a form (0: an expert at a time, 1: fused). Returns their number."""
     import numpy as np
 
-    from zoo.conversion.writer import SHARD_BYTES, Outgoing, plan_shards, write_index, write_json
+    from zoo.conversion.disk.writer import SHARD_BYTES, Outgoing, plan_shards, write_index, write_json
     from zoo.core.model.inventory import meta_model
     from zoo.core.model.rules import RuleBook
     from zoo.models.mixtral.model import SPEC

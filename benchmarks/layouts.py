@@ -31,20 +31,17 @@ import torch.distributed as dist  # noqa: E402
 
 from tests.distributed import ranks  # noqa: E402
 from zoo.core.contracts.account import Microbatch  # noqa: E402
-from zoo.core.contracts.batch import (
-    IGNORE,
-    Row,
-)
+from zoo.core.contracts.batch import IGNORE, Row  # noqa: E402
 from zoo.core.contracts.parallel import Counts  # noqa: E402
 from zoo.core.data.collate import collate  # noqa: E402
 from zoo.core.job.flags import from_flags  # noqa: E402
 from zoo.core.mesh.mesh import Mesh  # noqa: E402
-from zoo.core.model import load as weights  # noqa: E402
+from zoo.core.model.load import ModuleSource, load_into  # noqa: E402
 from zoo.core.plan.prepare import prepare, with_recipe  # noqa: E402
 from zoo.core.plan.traffic import sent, step_traffic  # noqa: E402
 from zoo.core.registry.decisions import Registry  # noqa: E402
 from zoo.core.registry.loading import Plugins  # noqa: E402
-from zoo.core.run import assemble as order  # noqa: E402
+from zoo.core.run import assemble  # noqa: E402
 from zoo.core.run.optim import build_optimizer, build_schedule  # noqa: E402
 from zoo.core.run.step import TrainState, train_step  # noqa: E402
 from zoo.testing.traffic import Routed, Wire, compared  # noqa: E402
@@ -114,7 +111,7 @@ class Side:
         self.prepared = prepared = prepared_for(model, flags)
         self.mesh = Mesh(prepared.layout.degrees, "cpu") if prepared.adapters else None
         spec, config, degrees = prepared.spec, prepared.config, prepared.layout.degrees
-        self.model = order.build(
+        self.model = assemble.build(
             spec,
             config,
             mesh=self.mesh,
@@ -126,7 +123,7 @@ class Side:
         )
         torch.manual_seed(0)
         whole = spec.build(config)
-        weights.load_into(self.model, weights.ModuleSource(whole), (), whole_model=whole)
+        load_into(self.model, ModuleSource(whole), (), whole_model=whole)
         job = prepared.job
         self.state = TrainState(
             model=self.model,
@@ -134,7 +131,7 @@ class Side:
             schedule=build_schedule(job.schedule),
             lr=job.optim.lr,
             clip=job.optim.clip,
-            forward_backward=order.forward_backward(
+            forward_backward=assemble.forward_backward(
                 self.model, spec.plan(config), mesh=self.mesh, layout=prepared.layout, adapters=prepared.adapters
             ),
         )

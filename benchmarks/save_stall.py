@@ -53,19 +53,19 @@ def build(seq: int):
     from zoo.core.job.job import OptimSection, ScheduleSection
     from zoo.core.mesh.degrees import Degrees
     from zoo.core.mesh.mesh import Mesh
-    from zoo.core.model import load as weights
-    from zoo.core.run import assemble as order
+    from zoo.core.model.load import ModuleSource, load_into
+    from zoo.core.run import assemble
     from zoo.core.run.optim import build_optimizer, build_schedule
     from zoo.core.run.step import TrainState
     from zoo.models.llama3.model import SPEC
     from zoo.plugins.attention.sdpa import Sdpa
     from zoo.plugins.memory.policies import KeepAll
-    from zoo.plugins.parallel.fsdp import FullyShardedData
+    from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
 
     torch.manual_seed(0)
     config = SPEC.parse(CONFIG)
     layout = Layout(seq=seq)
-    model = order.build(
+    model = assemble.build(
         SPEC,
         config,
         mesh=Mesh(Degrees(dp_shard=RANKS), "cpu"),
@@ -75,7 +75,7 @@ def build(seq: int):
         policy=KeepAll(),
         device=torch.device("cpu"),
     )
-    weights.load_into(model, weights.ModuleSource(SPEC.build(config)), ())
+    load_into(model, ModuleSource(SPEC.build(config)), ())
     optimizer = build_optimizer(model, OptimSection(lr=1e-4))
     state = TrainState(model, optimizer, build_schedule(ScheduleSection(steps=1000)), lr=1e-4, clip=1.0)
     tokens, labels = np.random.default_rng(dist.get_rank()).integers(0, CONFIG["vocab_size"], (2, seq))

@@ -41,11 +41,11 @@ from zoo.core.errors import UsageError
 from zoo.core.job.job import Job, OptimSection, ScheduleSection
 from zoo.core.mesh.degrees import AXES
 from zoo.core.mesh.mesh import Mesh
-from zoo.core.model import load as weights
+from zoo.core.model.load import ModuleSource, load_into
 from zoo.core.plan.prepare import Prepared, prepare
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
-from zoo.core.run import assemble as order
+from zoo.core.run import assemble
 from zoo.core.run.optim import build_optimizer, build_schedule
 from zoo.core.run.step import TrainState, train_step
 from zoo.models.llama3.model import SPEC as LLAMA
@@ -280,7 +280,7 @@ class Run:
         self.chosen, self.layout, self.adapters = chosen, chosen.layout, chosen.adapters
         self.mesh = mesh(chosen.degrees) if self.adapters else None
         spec, _ = MODELS[chosen.model]
-        self.model = order.build(
+        self.model = assemble.build(
             spec,
             chosen.config,
             mesh=self.mesh,
@@ -291,9 +291,9 @@ class Run:
             device=torch.device("cpu"),
         )
         whole = start or source(chosen.model, chosen.config.num_hidden_layers)
-        weights.load_into(self.model, weights.ModuleSource(whole), (), whole_model=whole)
+        load_into(self.model, ModuleSource(whole), (), whole_model=whole)
         optimizer = build_optimizer(self.model, OptimSection(lr=3e-3))
-        stepped = order.forward_backward(
+        stepped = assemble.forward_backward(
             self.model, spec.plan(chosen.config), mesh=self.mesh, layout=self.layout, adapters=self.adapters
         )
         schedule = build_schedule(ScheduleSection(steps=10))

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.models.reference import FAMILIES, draw_fields
-from zoo.conversion.hf import CONVERTER
+from zoo.conversion.hf.converter import CONVERTER
 from zoo.core.model.load import ModuleSource
 
 TOLERANCE = 5e-6

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tools.fuzz_cases import Case, Files, bases, mutate
 from tools.fuzz_extremes import extremes, large_models
-from zoo.conversion.hf import CONVERTER
+from zoo.conversion.hf.converter import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import ZooError
 from zoo.core.model.rules import whole

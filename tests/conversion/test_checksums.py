@@ -13,8 +13,8 @@ import torch
 import zoo
 from tests.distributed.pooled_command import command
 from zoo.cli.main import main
-from zoo.conversion.directory import open_directory
-from zoo.conversion.run import RunConverter
+from zoo.conversion.disk.directory import open_directory
+from zoo.conversion.run.converter import RunConverter
 from zoo.core.errors import DataError
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.metrics import read_metrics

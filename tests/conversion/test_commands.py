@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conversion.test_run import run  # noqa: F401
 from zoo.cli.main import main
-from zoo.conversion import hub
+from zoo.conversion.hf import hub
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zoo.conversion.hf import CONVERTER
+from zoo.conversion.hf.converter import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError
 from zoo.core.model.load import ModuleSource, load_into

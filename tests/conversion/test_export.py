@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.conftest import save_model
 from tests.models.reference import ROPES
-from zoo.conversion import stream, writer
-from zoo.conversion.directory import CONFIG, open_directory
-from zoo.conversion.hf import HfConverter
-from zoo.conversion.writer import Outgoing, plan_shards
+from zoo.conversion.disk import stream, writer
+from zoo.conversion.disk.directory import CONFIG, open_directory
+from zoo.conversion.disk.writer import Outgoing, plan_shards
+from zoo.conversion.hf.converter import HfConverter
 from zoo.core.errors import DataError
 from zoo.core.model.inventory import expected_tensors
 from zoo.core.model.load import ModuleSource, load_into

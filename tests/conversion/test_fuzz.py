@@ -14,7 +14,8 @@ import pytest
 from tests.patience import PATIENCE_S
 from tools.fuzz_cases import Case, bases, mutate
 from tools.fuzz_conversion import Fuzz, Watch
-from zoo.conversion import files, strict_json, transfer
+from zoo.conversion import transfer
+from zoo.conversion.disk import files, strict_json
 from zoo.core.errors import UsageError
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.patience import PATIENCE_S
-from zoo.conversion import files as files_module
-from zoo.conversion.directory import open_directory
-from zoo.conversion.files import copy_file
-from zoo.conversion.headers import read_header
-from zoo.conversion.hf import HfConverter
+from zoo.conversion.disk import files as files_module
+from zoo.conversion.disk.directory import open_directory
+from zoo.conversion.disk.files import copy_file
+from zoo.conversion.disk.headers import read_header
+from zoo.conversion.hf.converter import HfConverter
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError, ZooError
 from zoo.core.model import inventory

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conversion.test_run import run  # noqa: F401
-from zoo.conversion import stream, unfinished, writer
 from zoo.conversion.compare import compare
-from zoo.conversion.hf import CONVERTER
-from zoo.conversion.hub_source import HubSource
+from zoo.conversion.disk import stream, unfinished, writer
+from zoo.conversion.disk.hub_source import HubSource
+from zoo.conversion.hf.converter import CONVERTER
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import DataError
 from zoo.core.registry.decisions import Registry

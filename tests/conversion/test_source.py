@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
-from zoo.conversion import ranges
-from zoo.conversion.directory import open_directory
-from zoo.conversion.hub_source import HubSource
+from zoo.conversion.disk import ranges
+from zoo.conversion.disk.directory import open_directory
+from zoo.conversion.disk.hub_source import HubSource
 from zoo.core.model.rules import whole
 
 SHAPES = {"matrix": (11, 7), "vector": (13,), "scalar": (), "empty": (0, 4), "cube": (5, 3, 4), "flat": (3, 0)}

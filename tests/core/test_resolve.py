@@ -27,7 +27,7 @@ from zoo.core.plan.prepare import elsewhere
 from zoo.core.plan.resolve import parts_whole
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
-from zoo.plugins.parallel.pipeline import PipelineParallel
+from zoo.plugins.parallel.pipeline.adapter import PipelineParallel
 
 REGISTRY = Registry(Plugins.load())
 ANY = Machine()

@@ -1,7 +1,7 @@
 """Data-parallel adapters as a plugin of somebody else has them: zoo's own under names that zoo does not know."""
 
-from zoo.plugins.parallel.ddp import ReplicatedData
-from zoo.plugins.parallel.zero1 import ShardedOptimizer
+from zoo.plugins.parallel.data_parallel.ddp import ReplicatedData
+from zoo.plugins.parallel.data_parallel.zero1 import ShardedOptimizer
 
 
 class OwnReplicas(ReplicatedData):

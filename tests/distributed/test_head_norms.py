@@ -15,7 +15,7 @@ from tests.models.head_norms import NORMS, normed
 from zoo.core.errors import LayoutError
 from zoo.core.model.inventory import meta_model
 from zoo.core.model.tensor_styles import style_objection, unnamed_module
-from zoo.plugins.parallel.tensor import TensorParallel
+from zoo.plugins.parallel.tensor.adapter import TensorParallel
 
 DENSE, SPARSE = "dense-head-norms", "sparse-head-norms"
 

@@ -29,8 +29,8 @@ from zoo.plugins.context.halo import Halo
 from zoo.plugins.context.hybrid import Hybrid
 from zoo.plugins.context.ring import Ring
 from zoo.plugins.context.ulysses import Ulysses
-from zoo.plugins.parallel import context_plugin
-from zoo.plugins.parallel.context import ContextParallel
+from zoo.plugins.parallel.context import plugin as context_plugin
+from zoo.plugins.parallel.context.adapter import ContextParallel
 
 PLAN = ParallelPlan(block="blocks.*", seams={"attention": "blocks.*.core"})
 HEADS, GROUPS, SIZE, LENGTH = 4, 2, 8, 64

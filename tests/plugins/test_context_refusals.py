@@ -29,7 +29,7 @@ from zoo.core.sequence.layout import SequenceLayout
 from zoo.core.sequence.mask import Mask
 from zoo.plugins.attention import flash
 from zoo.plugins.attention.flash_versions import VERSIONS
-from zoo.plugins.parallel.context import ContextParallel
+from zoo.plugins.parallel.context.adapter import ContextParallel
 from zoo.testing.attention import Example, reference
 
 ROOT = Path(__file__).parents[2]

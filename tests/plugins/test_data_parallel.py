@@ -15,9 +15,9 @@ from zoo.cli.main import main
 from zoo.core.contracts.layout import Layout
 from zoo.core.job.job import LayoutSection
 from zoo.core.mesh.degrees import Degrees
-from zoo.plugins.parallel.ddp import ReplicatedData
-from zoo.plugins.parallel.fsdp import FullyShardedData
-from zoo.plugins.parallel.zero1 import ShardedOptimizer
+from zoo.plugins.parallel.data_parallel.ddp import ReplicatedData
+from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
+from zoo.plugins.parallel.data_parallel.zero1 import ShardedOptimizer
 
 EVERY = (FullyShardedData(), ReplicatedData(), ShardedOptimizer())
 NAMES = ("fsdp", "ddp", "zero1")

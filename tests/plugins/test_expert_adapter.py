@@ -16,8 +16,8 @@ from zoo.core.errors import UsageError
 from zoo.core.mesh.degrees import Degrees
 from zoo.core.model.routing import Routing
 from zoo.models.common.moe import Dispatch, Experts, balance_objection
-from zoo.plugins.parallel.expert import ExpertDispatch, ExpertParallel
-from zoo.plugins.parallel.fsdp import FullyShardedData
+from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
+from zoo.plugins.parallel.expert.adapter import ExpertDispatch, ExpertParallel
 
 EIGHT = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=96)
 

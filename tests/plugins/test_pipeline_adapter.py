@@ -28,10 +28,10 @@ from zoo.core.job.job import LayoutSection
 from zoo.core.mesh.degrees import Degrees
 from zoo.core.model.inventory import model_facts
 from zoo.models.common.loss import TokenLoss
-from zoo.plugins.parallel.cut import Cut
-from zoo.plugins.parallel.pipeline import PipelineParallel
-from zoo.plugins.parallel.stage_model import RepeatableLoss
-from zoo.plugins.parallel.stages import SCHEDULES, balance, stages_of
+from zoo.plugins.parallel.pipeline.adapter import PipelineParallel
+from zoo.plugins.parallel.pipeline.cut import Cut
+from zoo.plugins.parallel.pipeline.stage_model import RepeatableLoss
+from zoo.plugins.parallel.pipeline.stages import SCHEDULES, balance, stages_of
 
 
 def dearest(costs, cuts, first, last):

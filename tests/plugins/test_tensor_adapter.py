@@ -27,12 +27,13 @@ from zoo.core.mesh.mesh import Mesh
 from zoo.core.model.inventory import cut_widths
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.sequence.mask import Mask
+from zoo.core.sequence.ranges import share_of
 from zoo.models.common.loss import TokenLoss
-from zoo.plugins.parallel import tensor_ranks
-from zoo.plugins.parallel.tensor import TensorParallel
-from zoo.plugins.parallel.tensor_loss import VocabularyLoss
-from zoo.plugins.parallel.tensor_modules import VocabularyHead
-from zoo.plugins.parallel.tensor_ranks import TensorRanks, add_up, share_of
+from zoo.plugins.parallel.tensor import ranks as tensor_ranks
+from zoo.plugins.parallel.tensor.adapter import TensorParallel
+from zoo.plugins.parallel.tensor.loss import VocabularyLoss
+from zoo.plugins.parallel.tensor.modules import VocabularyHead
+from zoo.plugins.parallel.tensor.ranks import TensorRanks, add_up
 
 WIDTHS = (("model.layers.*.mlp.gate_proj", 24), ("lm_head", 128_256))
 

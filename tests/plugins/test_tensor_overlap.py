@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from tests.distributed import ranks
 from zoo.cli.main import main
-from zoo.plugins.parallel import tensor_overlap
-from zoo.plugins.parallel.tensor_modules import Colwise, Rowwise
-from zoo.plugins.parallel.tensor_overlap import OverlappingRanks
-from zoo.plugins.parallel.tensor_ranks import TensorRanks, share_of
+from zoo.core.sequence.ranges import share_of
+from zoo.plugins.parallel.tensor import overlap as tensor_overlap
+from zoo.plugins.parallel.tensor.modules import Colwise, Rowwise
+from zoo.plugins.parallel.tensor.overlap import OverlappingRanks
+from zoo.plugins.parallel.tensor.ranks import TensorRanks
 
 WIDTH, INNER = 6, 8
 

@@ -49,11 +49,11 @@ def bench() -> None:
 def attention(session: Session, /, as_json: bool, chart: str | None, **options: Any) -> None:
     """Compare context schemes for one attention layer of MODEL (or of --heads): work, balance, bytes, time."""
     from zoo.cli import bench_report  # noqa: PLC0415  (torch, which `--help` does without)
-    from zoo.core.bench import compare as bench_attention  # noqa: PLC0415  (torch, which `--help` does without)
+    from zoo.core.bench.compare import answer as answered  # noqa: PLC0415  (torch, which `--help` does without)
 
     if chart is not None:
         check_chart(chart)
-    answer = bench_attention.answer(session.registry, say=lambda line: click.echo(line, err=True), **options)
+    answer = answered(session.registry, say=lambda line: click.echo(line, err=True), **options)
     plain = bench_report.as_plain(answer)
     click.echo(json.dumps(plain, indent=2) if as_json else "\n".join(bench_report.lines(answer)))
     if chart is not None:

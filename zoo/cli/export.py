@@ -9,7 +9,7 @@ import click
 
 from zoo.cli.conversion_options import conversion_options
 from zoo.cli.session import Session, pass_session
-from zoo.conversion.push import check_push, push
+from zoo.conversion.hf.push import check_push, push
 from zoo.conversion.transfer import open_checked, transfer
 from zoo.core.errors import UsageError
 

@@ -87,7 +87,7 @@ def _job(
     ctx: click.Context, print_: bool, *, words: tuple[str, ...], name: str | None, nodes: int, gpus_per_node: int
 ) -> ClusterJob:
     """The job, checked as if for this machine with as many ranks. Raises UsageError."""
-    from zoo.core.plan import nodes as cluster  # noqa: PLC0415  (torch, which `--help` does without)
+    from zoo.core.plan.nodes import check_for_nodes  # noqa: PLC0415  (torch, which `--help` does without)
 
     cluster_name = ctx.info_name
     if not print_:
@@ -98,7 +98,7 @@ def _job(
         )
     plugins: Plugins = ctx.obj
     model, flags = _parsed(ctx, list(words[1:]))
-    job, unchecked = cluster.check_for_nodes(plugins, model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
+    job, unchecked = check_for_nodes(plugins, model, flags, nodes=nodes, gpus_per_node=gpus_per_node)
     if unchecked:
         click.echo(f"warning: {unchecked}", err=True)
     return ClusterJob(

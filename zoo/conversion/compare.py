@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from zoo import DataError, TensorSource
-from zoo.conversion.directory import CONFIG, MAX_COMPANION
-from zoo.conversion.files import read_bounded
-from zoo.conversion.progress import progress
-from zoo.conversion.stream import Tick, checksum, default_threads, in_parallel
+from zoo.conversion.disk.directory import CONFIG, MAX_COMPANION
+from zoo.conversion.disk.files import read_bounded
+from zoo.conversion.disk.progress import progress
+from zoo.conversion.disk.stream import Tick, checksum, default_threads, in_parallel
+from zoo.conversion.disk.writer import Outgoing
 from zoo.conversion.transfer import Opened, written_dtype
-from zoo.conversion.writer import Outgoing
 from zoo.core.model.inventory import rule_book
 from zoo.core.storage.finished import require_intact
 

@@ -14,12 +14,12 @@ def zoo_register_converters() -> Sequence[ConverterEntry]:
     return [
         ConverterEntry(
             name="hf",
-            target="zoo.conversion.hf:CONVERTER",
+            target="zoo.conversion.hf.converter:CONVERTER",
             help="Hugging Face directory or hub id: config.json, safetensors, tokenizer files",
         ),
         ConverterEntry(
             name="run",
-            target="zoo.conversion.run:CONVERTER",
+            target="zoo.conversion.run.converter:CONVERTER",
             help="a run of zoo, or one of its checkpoints; read only",
         ),
     ]

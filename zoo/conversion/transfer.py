@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo import Converter, DataError, HubCheckpoint, ModelSpec, Registry, TensorSource
-from zoo.conversion.directory import CONFIG, open_directory
-from zoo.conversion.writer import parse_size
+from zoo.conversion.disk.directory import CONFIG, open_directory
+from zoo.conversion.disk.writer import parse_size
 from zoo.core.humanize import format_duration
 from zoo.core.model.answers import loaded_spec, parsed
 from zoo.core.model.inventory import IGNORABLE, checked_book

@@ -24,9 +24,9 @@ from zoo.core.machine.device import accelerator_type, peak_tflops
 from zoo.core.machine.launcher_env import OuterRank
 from zoo.core.machine.resources import Machine
 from zoo.core.mesh.drawing import draw_svg, draw_text, wrapped
-from zoo.core.model import load as weights
 from zoo.core.model.answers import built, loaded_spec, parsed
 from zoo.core.model.inventory import checked_book
+from zoo.core.model.load import allocate, load_into
 from zoo.core.plan.auto import with_degrees
 from zoo.core.plan.job_plan import JobPlan, job_plan
 from zoo.core.plan.nodes import fill_nodes
@@ -63,10 +63,10 @@ def load(path: str | Path, dtype: str | None = None, device: str | None = None) 
     stored = opened.tensors.dtype(next(iter(opened.tensors.names())))
     with torch.device("meta"):
         model: nn.Module = built(spec, config).to(getattr(torch, dtype or stored))
-    weights.allocate(model, torch.device(device or "cpu"))
+    allocate(model, torch.device(device or "cpu"))
     spec.init_buffers(model, config)
     rules = () if opened.own_names else book.rules
-    weights.load_into(model, opened.tensors, rules)
+    load_into(model, opened.tensors, rules)
     return model.eval()
 
 

@@ -54,8 +54,8 @@ _QUIET = {"recv_", "recv_any_source_", "wait_tensor", "_wrap_tensor_autograd", "
 class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside `with`, every collective of this thread is counted.
 
-    `totals` has them by kind and ranks of the group: how many messages, and bytes as `zoo.core.plan.traffic` defines them.
-    Raises NotImplementedError at a collective it cannot count.
+    `totals` has them by kind and ranks of the group: how many messages, and bytes as `zoo.core.plan.traffic`
+    defines them. Raises NotImplementedError at a collective it cannot count.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,7 @@
 
 torch's elastic launcher would do it too, but it looks up the host's name for every event it records, and so does its
 TCPStore for every connection. That takes minutes where no name server answers, and a machine that is alone needs no
-names. What else it is for is done elsewhere: restarts, signals and errors by zoo.core.launch.launcher, hosts that meet by
-torchrun.
+names. What else it is for is done elsewhere: restarts, signals and errors by `launcher`, hosts that meet by torchrun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every rank of zoo's launcher does: take the work from the launcher's folder, do it, leave an error or an answer."""
+"""What every rank of a launcher does: take the work from the launcher's folder, do it, leave an error or an answer."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ def _waits(stacks: str) -> bool:
 
 
 def _place(stacks: str) -> str:
-    """`in all_reduce (zoo/core/launch/signals.py:37)`: the innermost call, and the line of zoo or a plugin that led there."""
+    """`in all_reduce (zoo/core/launch/signals.py:37)`: the innermost call, and the line that led there."""
     frames = _main_thread(stacks)
     if not frames:
         return "and does not answer (stopped, or stuck in the kernel)"

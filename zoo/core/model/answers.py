@@ -1,6 +1,6 @@
 """What a model family says and its model returns, compared with each other before a rank starts.
 
-A wrong answer is a PluginError of one line, as in `answers`.
+A wrong answer is a PluginError of one line, as in `registry/answers`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a plugin returns is looked at where zoo receives it: a function for each kind of answer.
 
 A wrong answer is a PluginError of one line: whose it is, which method gave it, what came, what the contract says.
-Answers of models are in `model_answers`, tensors of kernels and schemes in `attention.answers`.
+Answers of models are in `model/answers`, tensors of kernels and schemes in `attention/answers`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from zoo.core.contracts.globs import find_modules
 from zoo.core.contracts.layout import Layout
 from zoo.core.contracts.models import ModelSpec, ParallelPlan
 from zoo.core.contracts.parallel import ForwardBackward, MemoryPolicy, ParallelAdapter, Phase
-from zoo.core.model import load as weights
+from zoo.core.model.load import allocate
 from zoo.core.model.seams import replace_modules
 from zoo.core.registry.answers import adapter_named, changed, check_order
 from zoo.core.run.forward_backward import Completed, OneByOne
@@ -52,7 +52,7 @@ def build(
     steps.append((Phase.RECOMPUTE, policy.name, lambda m: changed(who, policy.apply(m, plan))))
     for _phase, _name, apply in sorted(steps, key=lambda step: step[:2]):
         model = apply(model)
-    weights.allocate(model, device)
+    allocate(model, device)
     spec.init_buffers(model, config)
     return model
 

@@ -16,12 +16,12 @@ from zoo.core.data.rows import RowStream
 from zoo.core.launch.collective import on_rank_zero, shared
 from zoo.core.launch.process_group import host_group
 from zoo.core.mesh.mesh import Mesh
-from zoo.core.model import load as weights
 from zoo.core.model.inventory import meta_model, rules_for
+from zoo.core.model.load import ModuleSource, load_into
 from zoo.core.plan.prepare import Prepared
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.failures import plugins_named
-from zoo.core.run import assemble as order, checkpoint
+from zoo.core.run import assemble, checkpoint
 from zoo.core.run.agreement import compare
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.feed import Feed, Position, reads_data
@@ -134,7 +134,7 @@ class Run:
 def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainState:
     """This rank's model with values, and its optimizer."""
     job, spec, config = prepared.job, prepared.spec, prepared.config
-    model = order.build(
+    model = assemble.build(
         spec,
         config,
         mesh=mesh,
@@ -148,18 +148,18 @@ def _build_state(prepared: Prepared, mesh: Mesh, device: torch.device) -> TrainS
         check_source_among_ranks(prepared.source)
         source = prepared.source.tensors
         rules = () if prepared.source.own_names else rules_for(spec, config, source)
-        weights.load_into(model, source, rules, whole_model=meta_model(spec, config))
+        load_into(model, source, rules, whole_model=meta_model(spec, config))
     else:
         torch.manual_seed(job.data.seed)
         whole = spec.build(config)
-        weights.load_into(model, weights.ModuleSource(whole), (), whole_model=whole)
+        load_into(model, ModuleSource(whole), (), whole_model=whole)
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, job.optim),
         schedule=build_schedule(job.schedule),
         lr=job.optim.lr,
         clip=job.optim.clip,
-        forward_backward=order.forward_backward(
+        forward_backward=assemble.forward_backward(
             model, spec.plan(config), mesh=mesh, layout=prepared.layout, adapters=prepared.adapters
         ),
     )

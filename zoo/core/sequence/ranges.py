@@ -54,3 +54,9 @@ class RowIndex:
     def locate(self, ranges: Ranges) -> Ranges:
         """Rows of the tensor that hold these positions, in the fewest ranges."""
         return union((self.before(start), self.before(stop)) for start, stop in ranges)
+
+
+def share_of(length: int, rank: int, size: int) -> int:
+    """Return how many rows of `length` a rank has where `size` ranks share them evenly, the last one what is left."""
+    each = -(-length // size)
+    return max(0, min(each, length - rank * each))
