@@ -12,7 +12,7 @@ from zoo.cli import main as shell
 from zoo.core.errors import SavedOnSignal, UsageError
 from zoo.version import __version__
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
+HEAD = "from zoo import *\n"
 
 COMMANDS = """
 import click

@@ -6,7 +6,7 @@ import pytest
 
 from zoo.cli.main import main
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
+HEAD = "from zoo import *\n"
 GOOD = (
     HEAD
     + "ZOO_PLUGIN_API = 1\n@hookimpl\ndef zoo_register_attention():"

@@ -4,7 +4,7 @@ import pytest
 
 from zoo.cli.main import main
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
+HEAD = "from zoo import *\n"
 
 FAMILY = """
 from zoo.models.llama3.sizes import EMBEDDED, SIZES
@@ -23,8 +23,8 @@ def zoo_match_checkpoint(config):
 PARTS = """
 from dataclasses import replace
 import torch
-from zoo.core.attention.mask import Mask
-from zoo.core.contracts import *
+from zoo import Mask
+from zoo import *
 from zoo.models.llama3.model import SPEC as LLAMA
 from zoo.plugins.attention.dense import Dense
 from zoo.plugins.context.ring import Ring

@@ -17,7 +17,7 @@ from zoo.core.registry.loading import Plugins
 from zoo.core.sequence.mask import Mask
 from zoo.core.sequence.row_layout import row_layout
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
+HEAD = "from zoo import *\n"
 BUILT_IN = ("ring", "allgather", "ulysses", "hybrid", "halo")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import sys
-from zoo.core.lasting_output import outlive_readers
+from zoo.core.launch.lasting_output import outlive_readers
 outlive_readers()
 print("begins", flush=True)
 sys.stdin.read()
@@ -31,7 +31,7 @@ def test_a_process_goes_on_when_nobody_reads_what_it_writes():
 
 STARTED_CLOSED = """
 import os, subprocess, sys
-from zoo.core.lasting_output import open_closed_streams
+from zoo.core.launch.lasting_output import open_closed_streams
 open_closed_streams()
 print("nobody reads this", flush=True)
 print("nor this", file=sys.stderr, flush=True)

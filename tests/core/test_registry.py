@@ -7,7 +7,7 @@ from zoo.core.errors import DataError, PluginError, UsageError
 from zoo.core.registry.decisions import Observers, Registry
 from zoo.core.registry.loading import Plugins
 
-HEAD = "from zoo import hookimpl\nfrom zoo.core.contracts.entries import *\n"
+HEAD = "from zoo import *\n"
 
 
 @pytest.fixture

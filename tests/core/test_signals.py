@@ -88,7 +88,7 @@ def test_off_the_main_thread_handlers_stay_as_they_are():
 def test_a_signal_is_heard_while_the_main_thread_is_in_c_until_the_start_is_over():
     """A mutex that is taken twice stands for a collective: a call that no signal interrupts, without Python's lock."""
     script = (
-        "import ctypes, os, signal, sys; from zoo.core import signals\n"
+        "import ctypes, os, signal, sys; from zoo.core.launch import signals\n"
         "signals.hear_from_the_start(signals.end_at_once)\n"
         "sys.argv[1:] and signals.start_is_over()\n"
         "print('listens', flush=True)\n"

@@ -13,7 +13,7 @@ from zoo.core.launch.watchdog import Limits, Watchdog, WatchedHeart
 RANK = """
 import os, sys, threading, time
 from pathlib import Path
-from zoo.core.watchdog import WatchedHeart
+from zoo.core.launch.watchdog import WatchedHeart
 
 def wait_for_peers():
     threading.Event().wait()

@@ -11,8 +11,7 @@ from zoo.cli.main import main
 
 HEAD = """
 import dataclasses, sys
-from zoo import hookimpl
-from zoo.core.contracts import *
+from zoo import *
 from zoo.core.errors import DataError, UsageError
 """
 

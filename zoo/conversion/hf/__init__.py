@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, local or on a hub."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, read as a source of tensors."""

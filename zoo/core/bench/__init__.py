@@ -1,0 +1,1 @@
+"""Context schemes compared by their plans and by the clock."""

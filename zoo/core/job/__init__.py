@@ -1,0 +1,1 @@
+"""What was asked for: every setting of a job, its flags, its ranges."""

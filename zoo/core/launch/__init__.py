@@ -1,0 +1,1 @@
+"""Processes start, meet, hear signals, are watched, and end."""

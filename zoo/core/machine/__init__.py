@@ -1,0 +1,1 @@
+"""What this machine is: devices, memory, and what a launcher says of its ranks."""

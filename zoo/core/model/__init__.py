@@ -1,0 +1,1 @@
+"""A model seen from outside: names, shapes, seams, rules, weights."""

@@ -1,0 +1,1 @@
+"""From a job to everything decided, before a process starts."""

@@ -1,0 +1,1 @@
+"""A run on one rank: built once, stepped, saved, reported."""

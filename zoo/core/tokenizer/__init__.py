@@ -1,0 +1,1 @@
+"""From text to token ids, with special tokens and chat templates."""
