@@ -7,19 +7,21 @@ import subprocess
 import sys
 
 from tests.patience import PATIENCE_S
+from tests.warm import Command
 from zoo.core.run.metrics import read_metrics
 
 
-def start(*args, output=subprocess.PIPE, **env):
-    """`zoo ARGS` as a running process; output is text on stdout and stderr, pipes if no file is given for both."""
-    command = [sys.executable, "-m", "zoo", *map(str, args)]
-    return subprocess.Popen(
-        command,
-        stdout=output,
-        stderr=output,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env,
-    )
+def start(*args, output=subprocess.PIPE, cold=False, **env):
+    """`zoo ARGS` as a running process; output is text on stdout and stderr, pipes if no file is given for both.
+
+    `cold` starts an interpreter, which imports everything anew.
+    """
+    words = list(map(str, args))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env
+    if not cold and sys.platform == "linux":
+        return Command(words, environment, output)
+    command = [sys.executable, "-m", "zoo", *words]
+    return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
 
 
 def zoo(*args, status=0, **env):

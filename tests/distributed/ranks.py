@@ -128,9 +128,7 @@ def _pool():
 def _start():
     # Ranks are forked from one process that has imported torch and computed nothing.
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "zoo.core.run.worker"]
-    )
+    context.set_forkserver_preload(["tests.warm_imports"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()

@@ -158,7 +158,7 @@ def test_under_nohup_a_terminal_that_goes_away_is_no_wish(tmp_path):
     run, said = tmp_path / "run", (tmp_path / "said").open("w+")
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to what it starts
     try:
-        process = start(*JOB, "--cp", "2", "--steps", "100000", "--out", run, output=said)
+        process = start(*JOB, "--cp", "2", "--steps", "100000", "--out", run, output=said, cold=True)
     finally:
         signal.signal(signal.SIGHUP, old)
     wait_until(lambda: saved(run) >= 1, process)

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.command import start, train, zoo
+from tests.warm import RANK
 from tools import kill_ranks
 from zoo.core.launch.watchdog import pulses
 from zoo.core.run.checkpoint import Checkpoints
@@ -260,15 +261,16 @@ def wait_for_a_save(run):
 
 
 def children(pid, word="zoo.core.run.worker"):
-    """Worker processes below a launcher: those with that word in their command line."""
+    """Worker processes below a launcher: those with that word in their command line, or named as ranks."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat") as stat, open(f"/proc/{entry}/cmdline") as command:
-                    parent, line = int(stat.read().rpartition(")")[2].split()[1]), command.read()
-            except (OSError, ValueError):
+                    head, _, tail = stat.read().rpartition(")")
+                    parent, name, line = int(tail.split()[1]), head.partition("(")[2], command.read()
+            except (OSError, ValueError, IndexError):
                 continue
-            if parent == pid and word in line:
+            if parent == pid and (word in line or name == RANK):
                 found.append(entry)
     return found
