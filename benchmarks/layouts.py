@@ -29,7 +29,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from tests.distributed import ranks  # noqa: E402
 from zoo.core.contracts.account import Microbatch  # noqa: E402
 from zoo.core.contracts.batch import IGNORE, Row  # noqa: E402
 from zoo.core.contracts.parallel import Counts  # noqa: E402
@@ -44,6 +43,7 @@ from zoo.core.registry.loading import Plugins  # noqa: E402
 from zoo.core.run import assemble  # noqa: E402
 from zoo.core.run.optim import build_optimizer, build_schedule  # noqa: E402
 from zoo.core.run.step import TrainState, train_step  # noqa: E402
+from zoo.testing import ranks  # noqa: E402
 from zoo.testing.traffic import Routed, Wire, compared  # noqa: E402
 
 CORES, SEQ, ROWS = 2, 512, 8

@@ -5,9 +5,13 @@ from collections import Counter
 
 from hypothesis import HealthCheck, settings
 
-from tests.distributions import distributions
+from tests.harness.distributions import distributions
+from zoo.testing import ranks
 
 __all__ = ["distributions"]
+
+# The pool of ranks and the commands of tests are forked from one process.
+ranks.IMPORTED[:] = ["tests.harness.warm_imports"]
 
 FOREIGN = (
     *("ZOO_", "SLURM_", "TORCHELASTIC_", "HF_", "TRANSFORMERS_", "HUGGING_FACE_", "GROUP_", "ROLE_"),

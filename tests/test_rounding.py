@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.reference import draw_fields, gradients, pair, token_loss
-from tests.rounding import rounding
+from tools.reference import draw_fields, gradients, pair, token_loss
+from tools.rounding import rounding
 
 
 @pytest.mark.parametrize("terms", [1, 100, 10_000])

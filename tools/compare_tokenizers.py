@@ -2,7 +2,7 @@
 
     python tools/compare_tokenizers.py [--count 80]
 
-Directories are drawn as in tests/core/drawn_tokenizers.py, and made of real vocabularies where packages that ship them
+Directories are drawn as in tools/drawn_tokenizers.py, and made of real vocabularies where packages that ship them
 are installed: mistral-common (Mistral, Mixtral; with sentencepiece and protobuf) and llama-models (Llama 3; with
 tiktoken). Each is read by AutoTokenizer and by zoo; 20 texts and 20 conversations have to be the same ids. Run it with
 another transformers by installing that. Ends with status 1 if anything differs.
@@ -26,8 +26,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from tests.core.drawn_tokenizers import TEMPLATES, Drawn, differences, draw, refused
-from tests.core.made_tokenizer import MISTRAL
+from tools.drawn_tokenizers import TEMPLATES, Drawn, differences, draw, refused
+from tools.made_tokenizer import MISTRAL
 
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.models.reference import FAMILIES, draw_fields
+from tools.reference import FAMILIES, draw_fields
 from zoo.conversion.hf.converter import CONVERTER
 from zoo.core.model.load import ModuleSource
 

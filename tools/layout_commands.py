@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.layout_commands import CASES, Corpus, furthest, untimed
+from tools.layout_cases import CASES, Corpus, furthest, untimed
 from zoo.cli.main import main as zoo
 from zoo.core.run.metrics import read_metrics
 

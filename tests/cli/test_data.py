@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.core.made_tokenizer import write_tokenizer
+from tools.made_tokenizer import write_tokenizer
 from zoo.cli import main as command_line
 
 ASKED = {"role": "user", "content": "hi"}

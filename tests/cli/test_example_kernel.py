@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import train
+from tests.harness.command import train
 from zoo.testing.attention import AttentionContract
 
 FILE = Path(__file__).parents[2] / "examples" / "attention_kernel.py"

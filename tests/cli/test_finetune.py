@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import zoo.models.llama3
-from tests.command import zoo as run_zoo
+from tests.harness.command import zoo as run_zoo
 from zoo.cli.main import main
 from zoo.core.run.metrics import read_metrics
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
 from zoo.cli import main as shell
 from zoo.core.launch.cluster_scripts import ClusterJob, pytorch_job, slurm_script
 

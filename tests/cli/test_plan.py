@@ -10,7 +10,7 @@ import pytest
 
 import zoo
 import zoo.models.llama3
-from tests.models import nas
+from tools import nas_checkpoint as nas
 from zoo.cli.main import main
 from zoo.core.errors import UsageError
 from zoo.core.registry.decisions import Registry

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zoo
-from tests.distributed.pooled_command import command
+from tests.harness.pooled_command import command
 from zoo.cli.main import main
 from zoo.conversion.disk.directory import open_directory
 from zoo.conversion.run.converter import RunConverter

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.conftest import save_model
-from tests.models.reference import ROPES
+from tools.reference import ROPES
 from zoo.conversion.disk import stream, writer
 from zoo.conversion.disk.directory import CONFIG, open_directory
 from zoo.conversion.disk.writer import Outgoing, plan_shards

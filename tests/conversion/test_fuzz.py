@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
 from tools.fuzz_cases import Case, bases, mutate
 from tools.fuzz_conversion import Fuzz, Watch
 from zoo.conversion import transfer

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
 from zoo.conversion.disk import files as files_module
 from zoo.conversion.disk.directory import open_directory
 from zoo.conversion.disk.files import copy_file

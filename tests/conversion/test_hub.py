@@ -15,8 +15,8 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file
 
 from tests.conversion.conftest import save_model
-from tests.conversion.stub_hub import TOKEN, Repo, serve
 from tests.conversion.test_commands import refused
+from tests.harness.stub_hub import TOKEN, Repo, serve
 from zoo.cli.main import main
 
 NAME = "owner/name"

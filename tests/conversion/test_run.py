@@ -14,13 +14,13 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.distributed import ranks
 from zoo.conversion.disk.directory import open_directory
 from zoo.conversion.run.converter import RunConverter, RunSource
 from zoo.core.errors import DataError, UsageError
 from zoo.core.model.load import ModuleSource, load_into
 from zoo.core.model.rules import whole
 from zoo.models.llama3.model import SPEC
+from zoo.testing import ranks
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import zoo.models.llama3
-from tests.distributed.pooled_command import joined
+from tests.harness.pooled_command import joined
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.metrics import read_metrics
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import zoo
-from tests.distributed.pooled_command import joined_in_turn
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
+from tests.harness.pooled_command import joined_in_turn
 from zoo.core.run.metrics import read_metrics
 
 pytestmark = pytest.mark.dist

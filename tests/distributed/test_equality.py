@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import command
-from tests.distributed.pooled_command import train
+from tests.harness import command
+from tests.harness.pooled_command import train
 
 JOB = ("llama3", "--seq", "1k", "--dtype", "float64", "--steps", "4", "--seed", "0")
 

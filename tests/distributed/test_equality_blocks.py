@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command import train, zoo
 from tests.distributed.test_equality import assert_same
-from tests.models import nas
+from tests.harness.command import train, zoo
+from tools import nas_checkpoint as nas
 
 STEPS = ("--steps", "4", "--seq", "256", "--global-batch", "2", "--data", "stdlib")
 

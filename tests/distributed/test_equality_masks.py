@@ -9,8 +9,8 @@ from functools import cache
 
 import pytest
 
-from tests.distributed.pooled_command import train
 from tests.distributed.test_equality import assert_same
+from tests.harness.pooled_command import train
 
 pytestmark = pytest.mark.dist
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import layouts
-from tests.command import train, zoo
-from tests.distributed import ranks
+from tests.harness import layouts
+from tests.harness.command import train, zoo
+from zoo.testing import ranks
 
 pytestmark = pytest.mark.dist
 

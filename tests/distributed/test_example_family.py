@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.distributed.pooled_command import command, train
+from tests.harness.pooled_command import command, train
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import layouts
-from tests.command import train, zoo
+from tests.harness import layouts
+from tests.harness.command import train, zoo
 from zoo.core.model.inventory import rule_book
 from zoo.core.model.load import ModuleSource
 from zoo.models.llama3.sizes import TINY

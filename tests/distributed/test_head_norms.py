@@ -1,6 +1,6 @@
 """Norms of query and key heads under `tp`: each rank has its own heads, so gradients of their weights are parts.
 
-Layouts are compared with one process in fp64, as in test_layout_matrix, by tests/layouts.py.
+Layouts are compared with one process in fp64, as in test_layout_matrix, by tests/harness/layouts.py.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from unittest import mock
 
 import pytest
 
-from tests import layouts
-from tests.distributed import ranks
-from tests.models.head_norms import NORMS, normed
+from tests.harness import layouts
+from tests.harness.head_norms import NORMS, normed
 from zoo.core.errors import LayoutError
 from zoo.core.model.inventory import meta_model
 from zoo.core.model.tensor_styles import style_objection, unnamed_module
 from zoo.plugins.parallel.tensor.adapter import TensorParallel
+from zoo.testing import ranks
 
 DENSE, SPARSE = "dense-head-norms", "sparse-head-norms"
 

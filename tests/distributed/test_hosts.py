@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from tests.distributed.hosts import two_hosts
 from tests.distributed.test_survival import children
-from tests.patience import PATIENCE_S
+from tests.harness.hosts import two_hosts
+from tests.harness.patience import PATIENCE_S
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.metrics import read_metrics
 

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from tests.command import start, zoo
 from tests.distributed.test_survival import (
     JOB,
     losses,
@@ -18,7 +17,8 @@ from tests.distributed.test_survival import (
     wait_for_a_save,
     wait_for_workers,
 )
-from tests.patience import PATIENCE_S
+from tests.harness.command import start, zoo
+from tests.harness.patience import PATIENCE_S
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.metrics import read_metrics
 

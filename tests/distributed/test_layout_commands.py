@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import command as real
-from tests.distributed.pooled_command import command, train
-from tests.layout_commands import CASES, Corpus, furthest, untimed
+from tests.harness import command as real
+from tests.harness.pooled_command import command, train
+from tools.layout_cases import CASES, Corpus, furthest, untimed
 
 pytestmark = pytest.mark.dist
 

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from tests import layouts
+from tests.harness import layouts
 
 pytestmark = pytest.mark.dist
 
@@ -91,7 +91,7 @@ MATRIX = (
     "pp2 dp_replicate2 dp_shard2 gpipe",
     "pp2 dp_replicate2 dp_shard2 ep2 interleaved recompute",
 )
-"""Words as tests/layouts.py takes them, by the number of ranks."""
+"""Words as tests/harness/layouts.py takes them, by the number of ranks."""
 
 
 def verdict(model, words):

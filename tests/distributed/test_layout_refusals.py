@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import layouts
 from tests.distributed import test_layout_matrix as matrix
+from tests.harness import layouts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text()
 DEGREES = (1, 2, 4, 8)
@@ -84,7 +84,7 @@ REFUSALS = (
     ("llama", "cp32", "cannot be shared out", "every rank of `cp` has a token"),
     ("llama", "dp_shard2 rows3", "must be a multiple of", "every data-parallel rank has equally many rows"),
 )
-"""Model, words of tests/layouts.py, what is said, and why."""
+"""Model, words of tests/harness/layouts.py, what is said, and why."""
 
 
 def points():

@@ -12,16 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from tests.core.test_feed import Stream
-from tests.distributed import ranks
-from tests.distributed.pooled_command import train
-from tests.layout_commands import MODELS, Case, Corpus, furthest
+from tests.core.run.test_feed import Stream
+from tests.harness.pooled_command import train
+from tools.layout_cases import MODELS, Case, Corpus, furthest
 from zoo.core.contracts.batch import IGNORE, Row
 from zoo.core.contracts.layout import Layout
 from zoo.core.mesh.degrees import AXES, PEER_AXES, Degrees
 from zoo.core.mesh.mesh import Mesh
 from zoo.core.run import run as training
 from zoo.core.run.feed import Feed, reads_data
+from zoo.testing import ranks
 
 pytestmark = pytest.mark.dist
 

@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import ranks
 from zoo.core.mesh.degrees import AXES, Degrees, coordinates, drawn_axes, groups
 from zoo.core.mesh.drawing import draw_svg, draw_text
 from zoo.core.mesh.mesh import Mesh
+from zoo.testing import ranks
 
 DEGREES = [
     Degrees(pp=2, cp=2, tp=2),

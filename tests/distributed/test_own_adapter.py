@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests import layouts
-from tests.distributed import ranks
 from tests.distributed.test_traffic import counted
+from tests.harness import layouts
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
+from zoo.testing import ranks
 
 PLUGIN = """
 from zoo import hookimpl
@@ -19,7 +19,7 @@ AXES = ("dp_replicate", "dp_shard")
 @hookimpl
 def zoo_register_parallel_adapters():
     return [
-        ParallelAdapterEntry(name=name, target=f"tests.distributed.own_adapter:{kind}", axes=AXES)
+        ParallelAdapterEntry(name=name, target=f"tests.harness.own_adapter:{kind}", axes=AXES)
         for name, kind in (("own-replicas", "OwnReplicas"), ("own-optimizer", "OwnOptimizer"))
     ]
 """

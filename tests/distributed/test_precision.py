@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.cli.main import main
 from zoo.core.contracts.attention import AttentionProblem
 from zoo.core.run import run as run_module
 from zoo.core.run.determinism import determinism
 from zoo.plugins.attention.sdpa_cuda import Cudnn
+from zoo.testing import ranks
 
 REDUCES = ("_reduce_scatter_base_", "allreduce_", "reduce_scatter_", "reduce_")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import ranks
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
+from zoo.testing import ranks
 
 
 def _total(value):

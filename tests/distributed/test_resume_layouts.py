@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.core.contracts.batch import Row
 from zoo.core.contracts.layout import Layout
 from zoo.core.data.packing import Stats
@@ -22,6 +21,7 @@ from zoo.core.run import checkpoint
 from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.feed import Feed, reads_data
 from zoo.core.run.metrics import Meter, Pending
+from zoo.testing import ranks
 
 pytestmark = pytest.mark.dist
 

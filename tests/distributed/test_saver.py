@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests import layouts
-from tests.distributed import ranks
-from tests.patience import PATIENCE_S
+from tests.harness import layouts
+from tests.harness.patience import PATIENCE_S
 from zoo.core.errors import DataError
 from zoo.core.launch.process_group import host_group
 from zoo.core.run import checkpoint
@@ -19,6 +18,7 @@ from zoo.core.run.checkpoint import Checkpoints
 from zoo.core.run.saver import Saver
 from zoo.core.storage import checksums, finished
 from zoo.core.storage.checksums import Checksums
+from zoo.testing import ranks
 
 pytestmark = pytest.mark.dist
 

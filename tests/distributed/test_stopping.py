@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import start
 from tests.distributed.test_survival import children, wait_until
+from tests.harness.command import start
 from zoo.cli.main import main
 from zoo.core.launch.signals import NOTHING_YET
 from zoo.core.run.checkpoint import Checkpoints

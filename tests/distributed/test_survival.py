@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.command import start, train, zoo
-from tests.warm import RANK
+from tests.harness.command import start, train, zoo
+from tests.harness.warm import RANK
 from tools import kill_ranks
 from zoo.core.launch.watchdog import pulses
 from zoo.core.run.checkpoint import Checkpoints

@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.core.contracts.account import Microbatch
 from zoo.core.contracts.batch import IGNORE
 from zoo.core.contracts.parallel import Counts
@@ -31,6 +30,7 @@ from zoo.core.plan.traffic import sent, step_traffic
 from zoo.core.run.feed import Feed
 from zoo.core.run.metrics import Meter, Pending
 from zoo.core.run.step import StepResult, train_step
+from zoo.testing import ranks
 from zoo.testing.traffic import Routed, Wire, compared
 
 pytestmark = pytest.mark.dist
@@ -70,7 +70,7 @@ LAYOUTS = [
     ("llama", "pp4 dp_replicate2 rows8"),
     ("mixtral", "pp2 dp_replicate2 dp_shard2 ep2 interleaved rows8"),
 ]
-"""Models and layouts in the words of tests/layouts.py."""
+"""Models and layouts in the words of tests/harness/layouts.py."""
 
 
 @cache

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig
 
-from tests.models.reference import FAMILIES, ROPES, draw_fields
 from tests.models.test_families import every_family, module_of
+from tools.reference import FAMILIES, ROPES, draw_fields
 from zoo.core.errors import DataError
 from zoo.models.llama3.config import hub_config, override, parse
 from zoo.models.llama3.sizes import SIZES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.reference import FAMILIES, draw_fields, token_loss
+from tools.reference import FAMILIES, draw_fields, token_loss
 from zoo.core.contracts.globs import find_modules
 from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import UsageError

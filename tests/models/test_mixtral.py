@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from tests.models.reference import FAMILIES, check_fp32, check_logits, draw_fields, gradients, pair
+from tools.reference import FAMILIES, check_fp32, check_logits, draw_fields, gradients, pair
 from zoo.core.contracts.batch import IGNORE, PADDING
 from zoo.core.model.inventory import rule_book, rules_for
 from zoo.core.model.load import ModuleSource, load_into

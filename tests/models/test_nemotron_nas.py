@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tests.models import nas
+from tools import nas_checkpoint as nas
 from zoo.core.contracts.attention import HeadShape
 from zoo.core.contracts.globs import find_modules
 from zoo.core.errors import DataError

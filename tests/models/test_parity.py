@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.models.reference import (
+from tools.reference import (
     FAMILIES,
     ROPES,
     check_fp32,
@@ -17,7 +17,7 @@ from tests.models.reference import (
     pair,
     token_loss,
 )
-from tests.rounding import rounding
+from tools.rounding import rounding
 from zoo.core.contracts.batch import IGNORE
 
 SEEDS = 24

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, NemotronConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.models.reference import FAMILIES
+from tools.reference import FAMILIES
 from zoo.models.common.rope import RotaryEmbedding, rotate
 from zoo.models.common.rope_parameters import parse_rope
 from zoo.models.llama3 import sizes as llama

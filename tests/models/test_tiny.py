@@ -11,8 +11,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import zoo
-from tests.models.reference import check_logits
 from tools import tiny_card, tiny_text
+from tools.reference import check_logits
 from zoo.core.errors import DataError
 from zoo.testing.recall import MARKER, NeedleTokens, found, needle_row, recall
 

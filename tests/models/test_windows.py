@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.models.reference import check_fp32
+from tools.reference import check_fp32
 from zoo.cli.main import main
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.errors import DataError

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from tests.plugins.fake_flash import install
+from tests.harness.fake_flash import install
 from zoo.core.attention.slices import local_slices
 from zoo.core.contracts.attention import AttentionProblem, AttentionSlice, SliceRule
 from zoo.core.sequence.mask import Mask

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.plugins.chat_families import FAMILIES, template_of, write_family
+from tests.harness.chat_families import FAMILIES, template_of, write_family
 from zoo.core.contracts.data import Record
 from zoo.core.tokenizer.tokenizer import Tokenizer
 from zoo.plugins.data.messages import messages_sample

@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from tests.distributed import ranks
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.contracts.attention import HeadShape
 from zoo.core.contracts.batch import Batch
@@ -31,6 +30,7 @@ from zoo.plugins.context.ring import Ring
 from zoo.plugins.context.ulysses import Ulysses
 from zoo.plugins.parallel.context import plugin as context_plugin
 from zoo.plugins.parallel.context.adapter import ContextParallel
+from zoo.testing import ranks
 
 PLAN = ParallelPlan(block="blocks.*", seams={"attention": "blocks.*.core"})
 HEADS, GROUPS, SIZE, LENGTH = 4, 2, 8, 64

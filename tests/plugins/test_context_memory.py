@@ -7,7 +7,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.distributed import ranks
 from zoo.core.contracts.attention import HeadShape, Link
 from zoo.core.sequence.layout import SequenceLayout
 from zoo.core.sequence.mask import Mask
@@ -17,6 +16,7 @@ from zoo.plugins.context.halo import Halo
 from zoo.plugins.context.hybrid import Hybrid
 from zoo.plugins.context.ring import Ring
 from zoo.plugins.context.ulysses import Ulysses
+from zoo.testing import ranks
 
 pytestmark = pytest.mark.dist
 

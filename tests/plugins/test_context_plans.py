@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
-from tests.work import lines_run
+from tests.harness.work import lines_run
 from zoo.core.attention.needs import remote_needs
 from zoo.core.attention.wire import rows_in
 from zoo.core.contracts.attention import Forecast, HeadShape

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.core.attention.draw import layouts, masks
 from tests.core.attention.formula import Formula
-from tests.distributed import ranks
-from tests.rounding import rounding
+from tools.rounding import rounding
 from zoo.core.attention.seam import AttentionSeam
 from zoo.core.attention.sharded import Exchange, ShardedMask
 from zoo.core.contracts.attention import AttentionProblem, HeadShape, Link
@@ -24,6 +23,7 @@ from zoo.plugins.context.heads import share_heads
 from zoo.plugins.context.hybrid import Hybrid
 from zoo.plugins.context.ring import Ring
 from zoo.plugins.context.ulysses import Ulysses
+from zoo.testing import ranks
 from zoo.testing.attention import Example, reference, reference_lse
 
 pytestmark = pytest.mark.dist

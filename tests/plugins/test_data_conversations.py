@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
 
-from tests.plugins.chat_families import FAMILIES, write_family
+from tests.harness.chat_families import FAMILIES, write_family
 from zoo.core.contracts.data import Record
 from zoo.core.data.samples import LOSS_ON, Samples
 from zoo.core.errors import DataError

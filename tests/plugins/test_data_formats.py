@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pytest
 
-from tests.core.made_tokenizer import LLAMA3, write_tokenizer
+from tools.made_tokenizer import LLAMA3, write_tokenizer
 from zoo.core.contracts.data import Record
 from zoo.core.data.rows import open_rows
 from zoo.core.data.samples import Samples

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.cli.main import main
 from zoo.core.contracts.layout import Layout
 from zoo.core.job.job import LayoutSection
@@ -18,6 +17,7 @@ from zoo.core.mesh.degrees import Degrees
 from zoo.plugins.parallel.data_parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.data_parallel.zero1 import ShardedOptimizer
+from zoo.testing import ranks
 
 EVERY = (FullyShardedData(), ReplicatedData(), ShardedOptimizer())
 NAMES = ("fsdp", "ddp", "zero1")

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.contracts.models import ExpertShape, ParallelPlan
 from zoo.core.errors import UsageError
@@ -18,6 +17,7 @@ from zoo.core.model.routing import Routing
 from zoo.models.common.moe import Dispatch, Experts, balance_objection
 from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.expert.adapter import ExpertDispatch, ExpertParallel
+from zoo.testing import ranks
 
 EIGHT = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=96)
 

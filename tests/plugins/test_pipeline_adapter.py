@@ -19,8 +19,8 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from tests import layouts
-from tests.command import zoo
+from tests.harness import layouts
+from tests.harness.command import zoo
 from zoo.core.contracts.attention import HeadShape
 from zoo.core.contracts.layout import Layout, ModelFacts
 from zoo.core.errors import UsageError

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from tests import layouts
-from tests.distributed import ranks
+from tests.harness import layouts
 from zoo.cli.main import main
 from zoo.core.contracts.attention import HeadShape
 from zoo.core.contracts.batch import IGNORE
@@ -34,6 +33,7 @@ from zoo.plugins.parallel.tensor.adapter import TensorParallel
 from zoo.plugins.parallel.tensor.loss import VocabularyLoss
 from zoo.plugins.parallel.tensor.modules import VocabularyHead
 from zoo.plugins.parallel.tensor.ranks import TensorRanks, add_up
+from zoo.testing import ranks
 
 WIDTHS = (("model.layers.*.mlp.gate_proj", 24), ("lm_head", 128_256))
 

@@ -8,13 +8,13 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-from tests.distributed import ranks
 from zoo.cli.main import main
 from zoo.core.sequence.ranges import share_of
 from zoo.plugins.parallel.tensor import overlap as tensor_overlap
 from zoo.plugins.parallel.tensor.modules import Colwise, Rowwise
 from zoo.plugins.parallel.tensor.overlap import OverlappingRanks
 from zoo.plugins.parallel.tensor.ranks import TensorRanks
+from zoo.testing import ranks
 
 WIDTH, INNER = 6, 8
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.core.small_runs import FIELDS, completions, llama
-from tests.distributed.pooled_command import command
+from tests.harness.pooled_command import command
+from tests.harness.small_runs import FIELDS, completions, llama
 from zoo.cli.main import main
 
 HEAD = """

@@ -53,6 +53,17 @@ def test_import_directions_hold():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("folder", ["zoo", "tools", "benchmarks", "examples"])
+def test_nothing_outside_tests_imports_tests(folder):
+    found = [
+        (path, name)
+        for path, tree in sources(folder)
+        for name in imported_names(tree)
+        if name == "tests" or name.startswith("tests.")
+    ]
+    assert not found
+
+
 def test_models_know_of_no_ranks_meshes_or_environment():
     found = [
         (path, name)

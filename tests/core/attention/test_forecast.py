@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.work import lines_run
+from tests.harness.work import lines_run
 from zoo.core.attention.forecast import BACKWARD_FLOPS, FORWARD_FLOPS, Rates, forecast, sent_bytes
 from zoo.core.contracts.attention import HeadShape, Stage
 from zoo.core.sequence.layout import SequenceLayout

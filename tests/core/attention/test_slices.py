@@ -5,7 +5,7 @@ import random
 from hypothesis import given, strategies as st
 
 from tests.core.attention.draw import layouts, masks, pairs, patient, positions, visible
-from tests.work import lines_run
+from tests.harness.work import lines_run
 from zoo.core.attention.needs import remote_needs, rows_needed
 from zoo.core.attention.slices import Step, local_slices, remote_slices
 from zoo.core.contracts.attention import AttentionSlice, SliceRule

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tests.patience import PATIENCE_S
+from tests.harness.patience import PATIENCE_S
 from zoo.core.attention import wire
 
 
