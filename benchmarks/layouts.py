@@ -44,7 +44,7 @@ from zoo.core.run import assemble  # noqa: E402
 from zoo.core.run.optim import build_optimizer, build_schedule  # noqa: E402
 from zoo.core.run.step import TrainState, train_step  # noqa: E402
 from zoo.testing import ranks  # noqa: E402
-from zoo.testing.traffic import Routed, Wire, compared  # noqa: E402
+from zoo.testing.traffic import CollectiveCounter, Routed, compared  # noqa: E402
 
 CORES, SEQ, ROWS = 2, 512, 8
 SHAPE = ("model.num_hidden_layers=4", "model.num_attention_heads=8", "model.num_key_value_heads=4")
@@ -155,7 +155,7 @@ class Side:
         prepared = self.prepared
         plan, ep = prepared.spec.plan(prepared.config), prepared.layout.degrees.ep
         routed = Routed(self.model, plan, self.mesh["ep"].get_group()) if ep > 1 else None
-        with Wire() as wire:
+        with CollectiveCounter() as wire:
             self.step()
         copies = routed.copies() if routed else []
         calls = len(copies) // len(self.batches)

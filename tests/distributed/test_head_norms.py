@@ -110,6 +110,6 @@ def test_a_wrong_plan_is_refused_before_anything_starts(style, words):
 
 
 def loading(name, spec):
-    """`Lookup.load` for which a family has another spec."""
+    """`Catalog.load` for which a family has another spec."""
     real = type(layouts.registry().models).load
     return lambda lookup, wanted: spec if wanted == name else real(lookup, wanted)

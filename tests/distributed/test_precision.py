@@ -23,7 +23,7 @@ from zoo.testing import ranks
 REDUCES = ("_reduce_scatter_base_", "allreduce_", "reduce_scatter_", "reduce_")
 
 
-class Wire(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Notes (kind, group, type, values) of every collective."""
 
     def __init__(self):
@@ -46,7 +46,7 @@ def wired(chosen):
     run.state.optimizer.register_step_pre_hook(
         lambda *_: gradients.update(str(p.grad.dtype) for p in run.model.parameters())
     )
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         run.step()
     axes = ("fsdp", "efsdp", "dp_replicate", "ddp", "eddp", "tp")
     meshes = {axis: tuple(dist.get_process_group_ranks(run.mesh[axis].get_group())) for axis in axes}

@@ -31,7 +31,7 @@ from zoo.core.run.feed import Feed
 from zoo.core.run.metrics import Meter, Pending
 from zoo.core.run.step import StepResult, train_step
 from zoo.testing import ranks
-from zoo.testing.traffic import Routed, Wire, compared
+from zoo.testing.traffic import CollectiveCounter, Routed, compared
 
 pytestmark = pytest.mark.dist
 
@@ -95,7 +95,7 @@ def counted(chosen):
         run.update()
     batches = run.batches()
     routed = Routed(run.model, spec.plan(config), run.mesh["ep"].get_group()) if degrees.ep > 1 else None
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         train_step(run.state, batches, Counts(100, chosen.rows, 100))
     copies = routed.copies() if routed else []
     each, calls = chosen.rows // degrees.dp, len(copies) // len(batches)
@@ -156,7 +156,7 @@ def around_a_step(rows):
     feed = SimpleNamespace(mesh=Mesh(Degrees(tp=2), "cpu"))
     counted = []
     for call in (meter.flush, lambda: any_rank(False), lambda: Feed._share(feed, rows)):
-        with Wire() as wire:
+        with CollectiveCounter() as wire:
             call()
         counted.append(wire.totals)
     return counted

@@ -41,7 +41,8 @@ from zoo.core.job.job import Job, OptimSection, ScheduleSection
 from zoo.core.mesh.degrees import AXES
 from zoo.core.mesh.mesh import Mesh
 from zoo.core.model.load import ModuleSource, load_into
-from zoo.core.plan.prepare import Prepared, prepare
+from zoo.core.plan.prepare import prepare
+from zoo.core.plan.prepared import Prepared
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
 from zoo.core.run import assemble

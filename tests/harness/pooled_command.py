@@ -20,7 +20,7 @@ from tools.layout_cases import untimed
 from zoo.cli.main import main
 from zoo.core.launch import launcher
 from zoo.core.launch.serve import answer
-from zoo.core.launch.watchdog import WatchedHeart
+from zoo.core.launch.watchdog import WatchedHeartbeat
 from zoo.core.machine.launcher_env import STORE_FILE
 from zoo.core.run.metrics import read_metrics
 from zoo.core.run.worker import TRAINING, train_as_asked
@@ -112,6 +112,6 @@ class _PooledRanks:
 
 def _be_a_worker(folder, environment):
     """On a rank: what a process of the launcher does until it ends."""
-    heart = WatchedHeart(Path(folder), int(os.environ["RANK"]))
+    heartbeat = WatchedHeartbeat(Path(folder), int(os.environ["RANK"]))
     with mock.patch.dict(os.environ, environment):
-        assert answer(train_as_asked, Path(folder), heart) == 0
+        assert answer(train_as_asked, Path(folder), heartbeat) == 0

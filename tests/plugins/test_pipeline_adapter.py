@@ -29,7 +29,7 @@ from zoo.core.mesh.degrees import Degrees
 from zoo.core.model.inventory import model_facts
 from zoo.models.common.loss import TokenLoss
 from zoo.plugins.parallel.pipeline.adapter import PipelineParallel
-from zoo.plugins.parallel.pipeline.cut import Cut
+from zoo.plugins.parallel.pipeline.cut import Partition
 from zoo.plugins.parallel.pipeline.stage_model import RepeatableLoss
 from zoo.plugins.parallel.pipeline.stages import SCHEDULES, balance, stages_of
 
@@ -156,7 +156,7 @@ def test_attention_weighs_by_the_keys_it_sees():
             built = spec.build(config)
         heads = [HeadShape.of(config)] * len(windows)
         layout = Layout(seq=10**6, model=ModelFacts(layer_heads=heads, layer_windows=windows))
-        return [len(stage) for stage in Cut.of(built, spec.plan(config), OneRank(0, 2), layout).blocks]
+        return [len(stage) for stage in Partition.of(built, spec.plan(config), OneRank(0, 2), layout).blocks]
 
     assert sizes(()) == [2, 2]
     assert sizes((None, 1, 1, 1)) == [1, 3]

@@ -19,7 +19,7 @@ from zoo.core.job.job import Job
 from zoo.core.launch.lasting_output import open_closed_streams
 from zoo.core.launch.launcher import WorkerDied, launch
 from zoo.core.launch.process_group import lost_touch
-from zoo.core.launch.watchdog import Heart, Limits, LoneHeart
+from zoo.core.launch.watchdog import Heartbeat, Limits, LoneHeartbeat
 from zoo.core.machine.device import accelerator_type, peak_tflops
 from zoo.core.machine.launcher_env import OuterRank
 from zoo.core.machine.resources import Machine
@@ -31,7 +31,8 @@ from zoo.core.plan.auto import with_degrees
 from zoo.core.plan.job_plan import JobPlan, job_plan
 from zoo.core.plan.nodes import fill_nodes
 from zoo.core.plan.origin import family_of, open_checkpoint
-from zoo.core.plan.prepare import Prepared, elsewhere, prepare, with_recipe
+from zoo.core.plan.prepare import elsewhere, prepare, with_recipe
+from zoo.core.plan.prepared import Prepared
 from zoo.core.plan.resolve_degrees import resolve_degrees
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import Plugins
@@ -128,7 +129,7 @@ def _started(plugins: Plugins, model: str | None, flags: Mapping[str, Any], say:
     if job.log.peak_tflops is None:
         job = job.replace("log", peak_tflops=peak_tflops(prepared.layout.dtype, ranks))
     if ranks == 1 and not job.launch.max_restarts:  # else there must be somebody who starts it again
-        return train(job, plugins, Heart())
+        return train(job, plugins, Heartbeat())
     launch(
         {"job": job.settings(), "plugins": plugins.resolved()},
         ranks,
@@ -148,9 +149,9 @@ def _joined(
     """
     registry = Registry(plugins)
     try:
-        with LoneHeart(outer.rank, Limits.of(None)) as heart, joined(heart) as (signals, device):
+        with LoneHeartbeat(outer.rank, Limits.of(None)) as heartbeat, joined(heartbeat) as (signals, device):
             prepared = agreed(lambda: ready(plugins, model, flags, outer.world_size), plugins)
-            heart.expects(Limits.of(prepared.job.layout.timeout))
+            heartbeat.expects(Limits.of(prepared.job.layout.timeout))
             for line in job_plan(prepared).lines() if outer.rank == 0 else ():
                 say(line)
             if _is_done(prepared, say if outer.rank == 0 else lambda _line: None):
@@ -159,7 +160,7 @@ def _joined(
             if prepared.job.log.peak_tflops is None and accelerator_type():
                 peak = peak_tflops(prepared.layout.dtype, outer.world_size)
                 prepared = replace(prepared, job=prepared.job.replace("log", peak_tflops=peak))
-            return train_prepared(prepared, registry, signals, heart, device)
+            return train_prepared(prepared, registry, signals, heartbeat, device)
     except RuntimeError as error:
         if not lost_touch(error):
             raise

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
         AttentionContract as AttentionContract,
     )
     from zoo.testing.traffic import (
-        Wire as Wire,
+        CollectiveCounter as CollectiveCounter,
         compared as compared,
     )
 
 _GROUPS: Groups = {
     "Contracts": {"zoo.testing.attention": ("AttentionContract",)},
-    "Traffic": {"zoo.testing.traffic": ("Wire", "compared")},
+    "Traffic": {"zoo.testing.traffic": ("CollectiveCounter", "compared")},
 }
 """Every public name, once. docs/api.md is written from it, and the imports above repeat it for type checkers."""
 
-_RENAMED: dict[str, str] = {}
+_RENAMED: dict[str, str] = {"Wire": "zoo.testing.CollectiveCounter"}
 """Deprecated name to its new spelling, for one release."""
 
 # A type checker would take every name that it does not know for `Any`.

@@ -51,7 +51,7 @@ _FUNCTIONAL: Mapping[str, tuple[Kind, _Payload]] = {
 _QUIET = {"recv_", "recv_any_source_", "wait_tensor", "_wrap_tensor_autograd", "check_for_nan"}
 
 
-class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside `with`, every collective of this thread is counted.
 
     `totals` has them by kind and ranks of the group: how many messages, and bytes as `zoo.core.plan.traffic`
@@ -106,7 +106,9 @@ class Routed:
         return list(zip(table[me].sum(1).tolist(), table[:, :, me].sum(0).tolist(), strict=True))
 
 
-def compared(wire: Wire, account: Account) -> dict[tuple[Kind, tuple[int, ...]], tuple[tuple[str, ...], Total, Total]]:
+def compared(
+    wire: CollectiveCounter, account: Account
+) -> dict[tuple[Kind, tuple[int, ...]], tuple[tuple[str, ...], Total, Total]]:
     """By kind and ranks of the group: the axes that have these ranks, what was counted, and what the account says."""
     axes: dict[tuple[Kind, tuple[int, ...]], tuple[str, ...]] = {}
     said: dict[tuple[Kind, tuple[int, ...]], Total] = {}

@@ -19,44 +19,44 @@ from zoo.core.errors import (
 from zoo.core.launch import rank_processes
 from zoo.core.launch.bootstrap import start_file
 from zoo.core.launch.launcher import WorkerDied, verdict
-from zoo.core.launch.rank_folder import Office
+from zoo.core.launch.rank_folder import RankFolder
 from zoo.core.launch.rank_processes import RankProcesses
 from zoo.core.run.worker import TRAINING
 
 
 @pytest.mark.parametrize("error", [UsageError("a"), NumericsError("b", 3), SavedOnSignal("c"), ZooError("d")])
 def test_a_ranks_own_word_is_raised_as_it_is(tmp_path, error):
-    office = Office(tmp_path)
-    office.report(0, RuntimeError("connection closed by peer"))
-    office.report(1, error)
-    found = verdict(office, {0: 1, 1: 1}, TRAINING)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.report(0, RuntimeError("connection closed by peer"))
+    rank_folder.report(1, error)
+    found = verdict(rank_folder, {0: 1, 1: 1}, TRAINING)
     assert type(found) is type(error)
     assert str(found) == str(error)
 
 
 def test_a_killed_rank_comes_before_what_its_peers_say_of_it(tmp_path):
-    office = Office(tmp_path)
-    office.report(0, RuntimeError("connection closed by peer"))
-    found = verdict(office, {0: 1, 1: -9}, TRAINING)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.report(0, RuntimeError("connection closed by peer"))
+    found = verdict(rank_folder, {0: 1, 1: -9}, TRAINING)
     assert isinstance(found, WorkerDied)
     assert found.what == "rank 1 was killed by SIGKILL (often: out of memory)"
     assert str(found).endswith("The same command resumes from the last finished checkpoint")
 
 
 def test_an_unexpected_exception_is_the_death_of_its_rank(tmp_path):
-    office = Office(tmp_path)
-    office.report(2, KeyError("x"))
-    found = verdict(office, {2: 1}, TRAINING)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.report(2, KeyError("x"))
+    found = verdict(rank_folder, {2: 1}, TRAINING)
     assert found.what == "rank 2 failed: KeyError: 'x'"
     assert "ZOO_DEBUG=1 shows where" in str(found)
 
 
 def test_a_rank_that_could_not_start_is_quoted_and_its_peers_are_not_blamed(tmp_path):
-    office = Office(tmp_path)
-    office.report(0, RuntimeError("connection closed by peer"))
-    office.check_in(0)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.report(0, RuntimeError("connection closed by peer"))
+    rank_folder.check_in(0)
     start_file(tmp_path, 1).write_text('Traceback:\n  File "random.py", line 1, in <module>\nRuntimeError: not yours\n')
-    found = verdict(office, {1: 1, 0: 1}, TRAINING)
+    found = verdict(rank_folder, {1: 1, 0: 1}, TRAINING)
     assert found.what == (
         "rank 1 ended with status 1 before it could say why; its last words: RuntimeError: not yours "
         '(File "random.py", line 1, in <module>)'
@@ -74,16 +74,16 @@ def test_ranks_that_the_launcher_ends_are_no_cause(monkeypatch):
 
 @pytest.mark.parametrize("code", [75, -signal.SIGTERM, -signal.SIGHUP])
 def test_ranks_that_end_by_a_wish_to_stop_in_their_start_are_no_failure(tmp_path, code):
-    office = Office(tmp_path)
-    office.stopping.touch()
-    office.report(0, RuntimeError("connection closed by peer"))
-    found = verdict(office, {1: code, 0: 1}, TRAINING)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.stopping.touch()
+    rank_folder.report(0, RuntimeError("connection closed by peer"))
+    found = verdict(rank_folder, {1: code, 0: 1}, TRAINING)
     assert type(found) is SavedOnSignal
     assert str(found).startswith("nothing to save yet; the same command starts it")
 
 
 def test_a_rank_that_somebody_ends_while_nobody_asked_to_stop_was_killed(tmp_path):
-    assert verdict(Office(tmp_path), {1: -signal.SIGTERM}, TRAINING).what == "rank 1 was killed by SIGTERM"
+    assert verdict(RankFolder(tmp_path), {1: -signal.SIGTERM}, TRAINING).what == "rank 1 was killed by SIGTERM"
 
 
 def test_a_plugins_own_error_does_not_stand_in_for_one_of_zoo(tmp_path):
@@ -96,16 +96,16 @@ def test_a_plugins_own_error_does_not_stand_in_for_one_of_zoo(tmp_path):
         exit_code = 42
 
     for error, kind in ((Mine("a"), DataError), (Odd("a"), ZooError), (DataError("a"), DataError)):
-        office = Office(tmp_path)
-        office.report(0, error)
-        found = verdict(office, {0: 1}, TRAINING)
+        rank_folder = RankFolder(tmp_path)
+        rank_folder.report(0, error)
+        found = verdict(rank_folder, {0: 1}, TRAINING)
         assert (type(found), found.exit_code, str(found)) == (kind, error.exit_code, "a")
     assert ZooError.exit_code == 1
 
 
 @pytest.mark.parametrize("error", [LayoutError("a", "b"), PluginFailed("c"), PluginError("d")])
 def test_an_error_comes_back_as_its_own_kind_among_those_of_one_status(tmp_path, error):
-    office = Office(tmp_path)
-    office.report(0, error)
-    found = verdict(office, {0: 1}, TRAINING)
+    rank_folder = RankFolder(tmp_path)
+    rank_folder.report(0, error)
+    found = verdict(rank_folder, {0: 1}, TRAINING)
     assert (type(found), str(found)) == (type(error), str(error))

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from tests.harness.patience import PATIENCE_S
-from zoo.core.launch.watchdog import Limits, Watchdog, WatchedHeart
+from zoo.core.launch.watchdog import Limits, Watchdog, WatchedHeartbeat
 
 RANK = """
 import os, sys, threading, time
 from pathlib import Path
-from zoo.core.launch.watchdog import WatchedHeart
+from zoo.core.launch.watchdog import WatchedHeartbeat
 
 def wait_for_peers():
     threading.Event().wait()
@@ -25,10 +25,10 @@ def compute():
 folder, rank, what, beats = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 (folder / f"{rank}.pid").write_text(str(os.getpid()))
 threading.Thread(target=compute, daemon=True).start()
-with WatchedHeart(folder, rank) as heart:
-    heart.enters("joining the other ranks")
+with WatchedHeartbeat(folder, rank) as heartbeat:
+    heartbeat.enters("joining the other ranks")
     for _ in range(beats):
-        heart.beat()
+        heartbeat.beat()
     (folder / f"{rank}.ready").touch()
     globals()[what]()
 """
@@ -132,22 +132,22 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def hearts(tmp_path):
-    return [WatchedHeart(tmp_path, rank) for rank in (0, 1)]
+    return [WatchedHeartbeat(tmp_path, rank) for rank in (0, 1)]
 
 
 def test_parts_of_the_start_and_steps_that_end_are_signs_of_life(tmp_path, hearts, clock):
     limits = Limits(step=0.5, start=0.5)
     with Watchdog(tmp_path, 2, limits) as watchdog:
         for part in range(8):
-            for heart in hearts:
-                heart.enters(f"part {part}")
+            for heartbeat in hearts:
+                heartbeat.enters(f"part {part}")
             clock.passes(2 * limits.pause)
         for _ in range(8):
-            for heart in hearts:
-                heart.beat()
+            for heartbeat in hearts:
+                heartbeat.beat()
             clock.passes(2 * limits.pause)
-        for heart in hearts:
-            heart.__exit__()
+        for heartbeat in hearts:
+            heartbeat.__exit__()
         for _ in range(8):
             clock.passes(2 * limits.pause)
         assert watchdog.verdict is None
@@ -156,8 +156,8 @@ def test_parts_of_the_start_and_steps_that_end_are_signs_of_life(tmp_path, heart
 def test_a_job_that_was_suspended_has_not_hung(tmp_path, hearts, clock):
     """As `scontrol suspend` does it: nobody runs for hours, and then everybody at once."""
     with Watchdog(tmp_path, 2, Limits(step=600, start=600)) as watchdog:
-        for heart in hearts:
-            heart.beat()
+        for heartbeat in hearts:
+            heartbeat.beat()
         clock.passes(7200)
         clock.passes(7200)
         assert watchdog.verdict is None
@@ -165,8 +165,8 @@ def test_a_job_that_was_suspended_has_not_hung(tmp_path, hearts, clock):
 
 def test_without_a_launcher_a_rank_ends_itself_and_says_where_it_hung():
     script = (
-        "import time; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
-        "with LoneHeart(3, Limits(0.5, 600)) as heart: heart.beat(); time.sleep(600)"
+        "import time; from zoo.core.launch.watchdog import Limits, LoneHeartbeat\n"
+        "with LoneHeartbeat(3, Limits(0.5, 600)) as heartbeat: heartbeat.beat(); time.sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -180,8 +180,8 @@ def test_without_a_launcher_a_rank_ends_itself_and_says_where_it_hung():
 def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
     # PyDLL holds the interpreter's lock, as a driver that is stuck may.
     script = (
-        "import ctypes; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
-        "with LoneHeart(0, Limits(0.5, 0.5)): ctypes.PyDLL(None).sleep(600)"
+        "import ctypes; from zoo.core.launch.watchdog import Limits, LoneHeartbeat\n"
+        "with LoneHeartbeat(0, Limits(0.5, 0.5)): ctypes.PyDLL(None).sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -192,9 +192,9 @@ def test_without_a_launcher_a_rank_ends_even_where_no_thread_of_python_runs():
 def test_a_rank_that_lost_the_others_is_watched_on_its_way_out(error, status):
     way_out = 600 if status else 2  # in seconds, and the limit is half of one
     script = (
-        "import time; from zoo.core.launch.watchdog import Limits, LoneHeart\n"
+        "import time; from zoo.core.launch.watchdog import Limits, LoneHeartbeat\n"
         "try:\n"
-        f"    with LoneHeart(0, Limits(0.5, 0.5)): raise {error}\n"
+        f"    with LoneHeartbeat(0, Limits(0.5, 0.5)): raise {error}\n"
         f"except {error}: time.sleep({way_out})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -224,7 +224,7 @@ def test_a_plan_covers_what_the_mask_lets_see_once():
 
 
 def offer(kind, name, target):
-    """Entries of one kind of which one is given, as `Lookup` has them."""
+    """Entries of one kind of which one is given, as `Catalog` has them."""
     owner = SimpleNamespace(label="pico (zoo-pico 1.0)")
     entry = SimpleNamespace(axes=("dp_shard",))
     return SimpleNamespace(

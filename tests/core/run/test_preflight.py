@@ -201,6 +201,6 @@ def test_a_run_that_is_done_says_so_whatever_became_of_its_data(trained, tmp_pat
 
 
 def test_a_layout_is_drawn_without_a_tokenizer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("zoo.core.plan.prepare.Tokenizer.from_directory", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr("zoo.core.plan.prepared.Tokenizer.from_directory", lambda *_, **__: pytest.fail("was loaded"))
     assert main(["plan", "llama3", "--size", "70b", "--layout-only", "--tp", "2", "--dp-shard", "4"]) == 0
     assert main(["plan", "llama3", "--size", "8b", "--layout-only", "--layout", "auto", "--seq", "8k"]) == 0

@@ -31,6 +31,7 @@ from zoo import DataError, TensorSource
 from zoo.conversion.disk.headers import read_header
 from zoo.conversion.disk.unfinished import Journal, sync
 from zoo.conversion.disk.writer import BLOCK_BYTES, Block, Outgoing, Shard
+from zoo.core.machine.device import num_cores
 from zoo.core.storage.checksums import Sum, sum_of
 
 Tick = Callable[[int], None]
@@ -132,7 +133,7 @@ def checksum(source: TensorSource, tensor: Outgoing, tick: Tick = lambda _count:
 
 def default_threads() -> int:
     """The processors this process may use, at most 8: a file takes one write at a time, so more only wait for it."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, num_cores())
 
 
 def in_parallel(threads: int, work: Callable[[_Item, Tensor], None], items: Iterable[_Item]) -> None:

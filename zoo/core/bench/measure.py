@@ -20,8 +20,8 @@ from zoo.core.bench.figures import layout_for
 from zoo.core.contracts.attention import AttentionBackend, HeadShape, Link
 from zoo.core.launch.launcher import Work, launch
 from zoo.core.launch.process_group import process_group
-from zoo.core.launch.rank_folder import Office
-from zoo.core.launch.watchdog import Heart
+from zoo.core.launch.rank_folder import RankFolder
+from zoo.core.launch.watchdog import Heartbeat
 from zoo.core.machine.device import accelerator_type, attention_flops, memory_bytes
 from zoo.core.machine.launcher_env import own_rank
 from zoo.core.mesh.degrees import Degrees
@@ -171,11 +171,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_as_asked(payload: dict[str, Any], office: Office, heart: Heart) -> None:
+def measure_as_asked(payload: dict[str, Any], rank_folder: RankFolder, heartbeat: Heartbeat) -> None:
     """Time schemes as one rank of a launcher; rank 0 leaves the answer."""
-    heart.enters("measuring")
+    heartbeat.enters("measuring")
     trial, plugins = Trial.from_plain(payload["trial"]), Plugins.from_resolved(payload["plugins"])
     with plugins_named(plugins):
         found = time_schemes(trial, Registry(plugins))
     if own_rank() == 0:
-        office.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))
+        rank_folder.answer.write_text(json.dumps({name: asdict(timing) for name, timing in found.items()}))

@@ -1,4 +1,4 @@
-"""Windows of the row stream: which documents are packed together, and where the next window begins."""
+"""Packs of the row stream: which documents are packed together, and where the next pack begins."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Window:
     """The pieces of `next.carried`, to spare reading them again."""
 
 
-class Windows:
+class Packer:
     """Builds the window of a cursor: nothing but cursor, corpus, seed and `seq` decides what is in it."""
 
     def __init__(

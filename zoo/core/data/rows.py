@@ -12,7 +12,7 @@ from zoo.core.contracts.batch import Row
 from zoo.core.contracts.data import DataSource, Record
 from zoo.core.data.corpus import Place
 from zoo.core.data.documents import Document, Piece, row_of
-from zoo.core.data.packing import Cursor, Stats, Window, Windows
+from zoo.core.data.packing import Cursor, Packer, Stats, Window
 from zoo.core.data.samples import Samples
 from zoo.core.errors import DataError
 from zoo.core.registry.answers import check_source
@@ -50,7 +50,7 @@ class RowStream:
         self.notes = tuple(notes)
         self.seq = seq
         self._options = dict(options or {})
-        self._windows = Windows(source, to_document, seq=seq, seed=seed, name=name, asked=self._options)
+        self._windows = Packer(source, to_document, seq=seq, seed=seed, name=name, asked=self._options)
         self._pad = pad
         self._cursor = Cursor()
         self._row = 0

@@ -34,7 +34,7 @@ def main() -> None:
     stderr = os.dup(2)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
-    heart = importlib.import_module("zoo.core.launch.rank_start").begin(folder)
+    heartbeat = importlib.import_module("zoo.core.launch.rank_start").begin(folder)
     serve = importlib.import_module("zoo.core.launch.serve").serve
     module, _, name = target.partition(":")
     work = getattr(importlib.import_module(module), name)
@@ -43,7 +43,7 @@ def main() -> None:
     os.close(stderr)
     sys.stderr.write(said.read_text(errors="replace"))
     said.unlink()  # no last words any more
-    serve(work, folder, heart)
+    serve(work, folder, heartbeat)
 
 
 if __name__ == "__main__":

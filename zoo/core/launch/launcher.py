@@ -19,7 +19,7 @@ from typing import Any
 from zoo.core.errors import PluginFailed, SavedOnSignal, ZooError, error_of
 from zoo.core.launch import bootstrap
 from zoo.core.launch.bootstrap import start_file
-from zoo.core.launch.rank_folder import Office
+from zoo.core.launch.rank_folder import RankFolder
 from zoo.core.launch.rank_processes import RankProcesses
 from zoo.core.launch.signals import LAUNCHER, NOTHING_YET, is_warning, say, start_is_over, wishes
 from zoo.core.launch.watchdog import Limits, Watchdog, pulses
@@ -37,7 +37,7 @@ class Work:
     """A program for ranks, and what a user is told of its end before time."""
 
     target: str
-    """`package.module:function`, called on every rank as `function(payload, office)`."""
+    """`package.module:function`, called on every rank as `function(payload, rank_folder)`."""
     on_signal: str
     """What a first SIGTERM or SIGINT brings about, and a second one."""
     again: str
@@ -63,38 +63,38 @@ def launch(
     with _PassedOn(work) as passed_on:
         for restart in range(max_restarts + 1):
             with tempfile.TemporaryDirectory(prefix="zoo-launch-") as folder:
-                office = Office(Path(folder))
-                office.payload.write_text(json.dumps(payload | {"restart": restart}))
-                office.path.write_text(json.dumps([entry for entry in sys.path if isinstance(entry, str)]))
+                rank_folder = RankFolder(Path(folder))
+                rank_folder.payload.write_text(json.dumps(payload | {"restart": restart}))
+                rank_folder.path.write_text(json.dumps([entry for entry in sys.path if isinstance(entry, str)]))
                 try:
-                    with passed_on.to(office):
-                        _start(office, num_ranks, work, timeout_s)
+                    with passed_on.to(rank_folder):
+                        _start(rank_folder, num_ranks, work, timeout_s)
                 except (WorkerDied, PluginFailed) as died:
                     if restart == max_restarts or passed_on.asked:
                         raise
                     what = died.what if isinstance(died, WorkerDied) else died
                     sys.stderr.write(f"{what}. Restart {restart + 1} of {max_restarts}.\n")
                     continue
-                return json.loads(office.answer.read_text()) if office.answer.exists() else None
+                return json.loads(rank_folder.answer.read_text()) if rank_folder.answer.exists() else None
     raise AssertionError("the last try returns or raises")
 
 
-def _start(office: Office, num_ranks: int, work: Work, timeout_s: float | None) -> None:
+def _start(rank_folder: RankFolder, num_ranks: int, work: Work, timeout_s: float | None) -> None:
     """One try, from the first process to the end of the last. Raises what the ranks raised."""
-    command = [sys.executable, *_interpreter_flags(), _BOOTSTRAP, work.target, str(office.root)]
+    command = [sys.executable, *_interpreter_flags(), _BOOTSTRAP, work.target, str(rank_folder.root)]
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_ranks))),
-        STORE_FILE: str(office.root / "store"),
+        STORE_FILE: str(rank_folder.root / "store"),
         LAUNCHER: str(os.getpid()),
     }
-    watchdog = Watchdog(office.root, num_ranks, Limits.of(timeout_s))
+    watchdog = Watchdog(rank_folder.root, num_ranks, Limits.of(timeout_s))
     with watchdog, RankProcesses(command, num_ranks, environment) as ranks:
         failed = ranks.wait(given_up=lambda: watchdog.verdict is not None)
     if watchdog.verdict:
         sys.stderr.write(watchdog.stacks)
         raise WorkerDied(watchdog.verdict, work)
     if failed:
-        raise verdict(office, failed, work)
+        raise verdict(rank_folder, failed, work)
 
 
 class WorkerDied(ZooError):
@@ -106,13 +106,13 @@ class WorkerDied(ZooError):
         """Which rank, and of what."""
 
 
-def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
+def verdict(rank_folder: RankFolder, failed: Mapping[int, int], work: Work) -> ZooError:
     """Return the error that started it; `failed` has exit codes of ranks in the order of their ends.
 
     A rank's own word comes first, then a rank that ended without one, then the earliest exception: what ranks say when
     a peer is gone is no cause.
     """
-    said = office.errors()
+    said = rank_folder.errors()
     spoken = next((error for error in said if error["zoo"]), None)
     if spoken:
         _show_traceback(spoken)
@@ -123,10 +123,10 @@ def verdict(office: Office, failed: Mapping[int, int], work: Work) -> ZooError:
         return WorkerDied(f"rank {said[0]['rank']} failed: {said[0]['message']}", work, "; ZOO_DEBUG=1 shows where")
     rank, code = silent[0]
     # By its own word, or by the signal itself before it could hear one.
-    asked = code == SavedOnSignal.exit_code or (-code in wishes() and office.stopping.exists())
+    asked = code == SavedOnSignal.exit_code or (-code in wishes() and rank_folder.stopping.exists())
     if asked and work.stopped:
         return SavedOnSignal(work.stopped)
-    return WorkerDied(_end_of(office, rank, code), work)
+    return WorkerDied(_end_of(rank_folder, rank, code), work)
 
 
 def _show_traceback(said: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ def _show_traceback(said: Mapping[str, Any]) -> None:
         sys.stderr.write(said["traceback"])
 
 
-def _end_of(office: Office, rank: int, code: int) -> str:
+def _end_of(rank_folder: RankFolder, rank: int, code: int) -> str:
     """Say how a rank ended that left no word."""
     if code < 0:
         hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
@@ -144,12 +144,12 @@ def _end_of(office: Office, rank: int, code: int) -> str:
         end = "was ended by a signal"
     else:
         end = f"ended with status {code} before it could say why"
-    return f"rank {rank} {end}{_last_words(office, rank)}"
+    return f"rank {rank} {end}{_last_words(rank_folder, rank)}"
 
 
-def _last_words(office: Office, rank: int) -> str:
+def _last_words(rank_folder: RankFolder, rank: int) -> str:
     """Quote what a rank that could not start wrote last, and the file and line where Python was."""
-    said = start_file(office.root, rank)
+    said = start_file(rank_folder.root, rank)
     lines = said.read_text(errors="replace").strip().splitlines() if said.exists() else []
     if not lines:
         return ""
@@ -185,7 +185,7 @@ class _PassedOn:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._office: Office | None = None
+        self._rank_folder: RankFolder | None = None
         self._by_hand = False
         self.asked = False
 
@@ -203,15 +203,15 @@ class _PassedOn:
             signal.signal(number, old)
 
     @contextlib.contextmanager
-    def to(self, office: Office) -> Iterator[None]:
+    def to(self, rank_folder: RankFolder) -> Iterator[None]:
         """Pass signals on to the ranks of a folder. Raises SavedOnSignal if one came before there were any."""
-        self._office = office
+        self._rank_folder = rank_folder
         try:
             if self.asked:
                 raise SavedOnSignal(NOTHING_YET)
             yield
         finally:
-            self._office = None
+            self._rank_folder = None
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         by_hand = not is_warning(number)
@@ -220,13 +220,13 @@ class _PassedOn:
             raise KeyboardInterrupt
         self.asked, self._by_hand = True, self._by_hand or by_hand
         say(f"{signal.Signals(number).name}: {self._answer(by_hand)}.")
-        if self._office is not None:
-            self._office.stopping.touch()
+        if self._rank_folder is not None:
+            self._rank_folder.stopping.touch()
         self._send(signal.SIGTERM)
 
     def _answer(self, by_hand: bool) -> str:
         """What a signal brings about, and how to abort for those at a keyboard."""
-        if self._office is None or not any(pulse.steps for pulse in pulses(self._office.root).values()):
+        if self._rank_folder is None or not any(pulse.steps for pulse in pulses(self._rank_folder.root).values()):
             return "ending the start"
         return self._work.on_signal if by_hand else self._work.on_signal.partition(". ")[0]
 
@@ -237,5 +237,5 @@ class _PassedOn:
         self._send(signal.SIGCONT)
 
     def _send(self, number: signal.Signals) -> None:
-        if self._office is not None:
-            self._office.send(number)
+        if self._rank_folder is not None:
+            self._rank_folder.send(number)

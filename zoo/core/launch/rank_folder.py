@@ -17,7 +17,7 @@ from zoo.core.launch.bootstrap import PATH_FILE
 
 
 @dataclass(frozen=True)
-class Office:
+class RankFolder:
     """The job in; process ids, errors and an answer out."""
 
     root: Path

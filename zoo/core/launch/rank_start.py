@@ -7,19 +7,19 @@ from pathlib import Path
 
 from zoo.core.errors import SavedOnSignal
 from zoo.core.launch.lasting_output import outlive_readers
-from zoo.core.launch.rank_folder import Office
+from zoo.core.launch.rank_folder import RankFolder
 from zoo.core.launch.signals import hear_from_the_start
-from zoo.core.launch.watchdog import WatchedHeart
+from zoo.core.launch.watchdog import WatchedHeartbeat
 from zoo.core.machine.launcher_env import own_rank
 
 
-def begin(folder: Path) -> WatchedHeart:
+def begin(folder: Path) -> WatchedHeartbeat:
     """Say that this rank is there; from now on a signal ends it until its first step begins."""
-    office, rank = Office(folder), own_rank()
-    heart = WatchedHeart(folder, rank)
+    rank_folder, rank = RankFolder(folder), own_rank()
+    heartbeat = WatchedHeartbeat(folder, rank)
     outlive_readers()
     hear_from_the_start(lambda _number: os._exit(SavedOnSignal.exit_code))
-    office.check_in(rank)
-    if office.stopping.exists():  # asked before this rank could be told
+    rank_folder.check_in(rank)
+    if rank_folder.stopping.exists():  # asked before this rank could be told
         os._exit(SavedOnSignal.exit_code)
-    return heart
+    return heartbeat

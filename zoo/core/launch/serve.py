@@ -9,29 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from zoo.core.launch.rank_folder import Office
-from zoo.core.launch.watchdog import Heart
+from zoo.core.launch.rank_folder import RankFolder
+from zoo.core.launch.watchdog import Heartbeat
 from zoo.core.machine.launcher_env import own_rank
 
 
-def answer(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path, heart: Heart) -> int:
+def answer(work: Callable[[dict[str, Any], RankFolder, Heartbeat], object], folder: Path, heartbeat: Heartbeat) -> int:
     """Do as this rank what a launcher's folder asks for; returns the status to end with.
 
     An error is left where the launcher finds it.
     """
-    office, rank = Office(folder), own_rank()
+    rank_folder, rank = RankFolder(folder), own_rank()
     try:
-        with heart:
-            work(json.loads(office.payload.read_text()), office, heart)
+        with heartbeat:
+            work(json.loads(rank_folder.payload.read_text()), rank_folder, heartbeat)
     except BaseException as error:
-        office.report(rank, error)
+        rank_folder.report(rank, error)
         return 1
     return 0
 
 
-def serve(work: Callable[[dict[str, Any], Office, Heart], object], folder: Path, heart: Heart) -> NoReturn:
+def serve(
+    work: Callable[[dict[str, Any], RankFolder, Heartbeat], object], folder: Path, heartbeat: Heartbeat
+) -> NoReturn:
     """`answer` a launcher's folder, and end the process."""
-    status = answer(work, folder, heart)
+    status = answer(work, folder, heartbeat)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not the interpreter's own way out: it waits for peers that are gone, and threads that still run abort it.

@@ -65,7 +65,7 @@ class Ticks:
         self._last = now
 
 
-class Heart:
+class Heartbeat:
     """What a rank beats, inside `with`. This one is of a single process, for which nobody waits."""
 
     def __enter__(self) -> Self:
@@ -100,7 +100,7 @@ class Pulse:
 NOT_THERE = Pulse(0, "not begun")
 
 
-class WatchedHeart(Heart):
+class WatchedHeartbeat(Heartbeat):
     """In the folder of zoo's launcher: leaves how often it beat, and the stacks of its threads when sent SIGUSR2."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -143,7 +143,7 @@ def pulses(folder: Path) -> dict[int, Pulse]:
     return found
 
 
-class LoneHeart(Heart):
+class LoneHeartbeat(Heartbeat):
     """Under another launcher nobody watches a rank but itself: a thread that ends the process, with status 1.
 
     Before that come its stacks and one line that says what it hangs in or waits for, on stderr. When a run ends because

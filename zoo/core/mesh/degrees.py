@@ -65,6 +65,16 @@ class Degrees:
         return (ranks or "single process") + (f", ep {self.ep} over them" if self.ep > 1 else "")
 
 
+def flag(axis: str) -> str:
+    """Return the command line's flag for an axis: `--dp-shard`."""
+    return "--" + axis.replace("_", "-")
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def coordinates(degrees: Degrees, rank: int) -> dict[str, int]:
     """A rank's place on every axis: those of `AXES`, `fsdp` (dp_shard x cp), and for experts `efsdp` x `ep`."""
     place, rest = {}, rank

@@ -21,7 +21,7 @@ from zoo.core.contracts.weights import Piece, Shape
 from zoo.core.errors import PluginError, did_you_mean
 from zoo.core.model.rules import RuleBook
 from zoo.core.registry.answers import is_count, number, shown, wrong
-from zoo.core.registry.catalog import Lookup
+from zoo.core.registry.catalog import Catalog
 
 OWN_METRICS = frozenset(
     (
@@ -39,8 +39,8 @@ _WITH_WEIGHT = ("colwise", "rowwise", "vocab")
 # The spec -----------------------------------------------------------------------------------------
 
 
-def loaded_spec(models: Lookup[ModelEntry], name: str) -> ModelSpec:
-    """Import the spec of a family. Raises as `Lookup.load`, and PluginError if it is none."""
+def loaded_spec(models: Catalog[ModelEntry], name: str) -> ModelSpec:
+    """Import the spec of a family. Raises as `Catalog.load`, and PluginError if it is none."""
     spec, who = models.load(name), f"model '{name}' of plugin {models.owner(name).label}"
     if not isinstance(spec, ModelSpec):
         raise PluginError(f"{who}: its target is {shown(spec)}, and the contract says a ModelSpec; correct the plugin")

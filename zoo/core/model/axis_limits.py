@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from zoo.core.mesh.degrees import divisors
+
 _EXPERTS = ("num_local_experts", "num_experts")
 
 
@@ -14,9 +16,9 @@ _EXPERTS = ("num_local_experts", "num_experts")
 class AxisLimits:
     """The degrees that an axis may have; None where the fields do not say. `cp` takes any degree up to the tokens."""
 
-    tp: tuple[int, ...] | None
+    tp: Sequence[int] | None
     """Those that deal out the query heads and the K/V heads of every layer evenly."""
-    ep: tuple[int, ...] | None
+    ep: Sequence[int] | None
     """Those that deal out the experts evenly; None for a model without experts."""
     pp: int | None
     """At most this many, for a stage holds a layer at least."""
@@ -37,15 +39,11 @@ def axis_limits(fields: Mapping[str, Any], by_layer: Sequence[int] = ()) -> Axis
     experts = next((fields[name] for name in _EXPERTS if _is_count(fields.get(name))), None)
     shared = kv_heads(fields, by_layer)
     return AxisLimits(
-        tp=_divisors(math.gcd(*shared, heads)) if shared and _is_count(heads) else None,
-        ep=_divisors(experts) if experts else None,
+        tp=divisors(math.gcd(*shared, heads)) if shared and _is_count(heads) else None,
+        ep=divisors(experts) if experts else None,
         pp=layers if _is_count(layers) else None,
     )
 
 
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(d for d in range(1, number + 1) if number % d == 0)

@@ -196,17 +196,18 @@ def block_shapes(model: nn.Module, plan: ParallelPlan) -> tuple[tuple[BlockShape
     seams = {seam: find_modules(model, glob) for seam, glob in plan.seams.items()}
     blocks = tuple(
         BlockShape(
-            matrix_values=_matrix_values(model.get_submodule(block)),
+            matrix_values=matrix_values(model.get_submodule(block)),
             seams=frozenset(s for s, names in seams.items() if any(n.startswith(f"{block}.") for n in names)),
         )
         for block in find_modules(model, plan.block)
     )
     return blocks, sum(
-        _matrix_values(model.get_submodule(name)) for glob in plan.last for name in find_modules(model, glob)
+        matrix_values(model.get_submodule(name)) for glob in plan.last for name in find_modules(model, glob)
     )
 
 
-def _matrix_values(module: nn.Module) -> int:
+def matrix_values(module: nn.Module) -> int:
+    """Return how many values the matrices of a module have: a token costs that many multiplications."""
     return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
 

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from zoo.core.contracts.account import dtype_bytes
 from zoo.core.contracts.parallel import MemoryPolicy
 from zoo.core.errors import FitError, LayoutError
 from zoo.core.humanize import format_bytes, format_count
 from zoo.core.job.job import Job, LayoutSection
 from zoo.core.machine.resources import Machine
-from zoo.core.mesh.degrees import AXES, Degrees
-from zoo.core.plan.memory import BYTES, gathered_bytes, state_bytes, uneven
+from zoo.core.mesh.degrees import AXES, Degrees, divisors, flag
+from zoo.core.plan.choices import describe_layout
+from zoo.core.plan.chosen import Chosen
+from zoo.core.plan.memory import gathered_bytes, state_bytes, uneven
 from zoo.core.plan.nearest import nearest
-from zoo.core.plan.resolve import Resolver, parts_whole
+from zoo.core.plan.resolve import Notes, Resolution, Resolver, parts_whole
 from zoo.core.plan.resolve_degrees import check_degrees, resolve_degrees
 from zoo.core.registry.answers import saved_bytes
 
@@ -31,8 +34,6 @@ _LEAST_TOKENS = 4096
 _MOST_DEVICES = 1 << 16
 _PEERS = 8
 """Devices taken to share a machine when asking how many it would take."""
-
-Notes = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,13 @@ class Need:
             f"{format_bytes(self.state)} state + {format_bytes(self.gathered)} gathered + {format_bytes(self.rows)} "
             f"activations = {format_bytes(self.total)}"
         )
+
+
+def choose_layout(job: Job, resolver: Resolver) -> Chosen[Resolution]:
+    """Return the layout of a job that nobody refuses. Raises UsageError, LayoutError, FitError or PluginError."""
+    job, notes = with_degrees(job, resolver) if job.layout.degrees == "auto" else (job, ())
+    found = replace(resolver.resolve(job), notes=notes)
+    return Chosen(found, describe_layout(found.adapters, found.layout.degrees))
 
 
 def with_degrees(job: Job, resolver: Resolver) -> tuple[Job, Notes]:
@@ -138,7 +146,7 @@ class _Search:
         fixed, machine = math.prod(given.values()), self.resolver.machine
         if self.ranks % fixed == 0:
             return None
-        asked = " x ".join(f"--{axis.replace('_', '-')} {degree}" for axis, degree in given.items())
+        asked = " x ".join(f"{flag(axis)} {degree}" for axis, degree in given.items())
         said = f"{machine.said} {self.ranks}" if machine.ranks else f"this machine has {self.ranks} accelerators"
         return LayoutError(f"{asked} needs a multiple of {fixed} ranks and {said}")
 
@@ -167,10 +175,10 @@ class _Search:
         """Without `pp` before with, then without `tp` before the most of it, then the fewest ranks a row."""
         given, replicate = self.given, self.given.dp_replicate or 1
         nodes = self.ranks // self.per_node
-        for pp in _options(given.pp, [d for d in _divisors(self.ranks) if d <= nodes]):
+        for pp in _options(given.pp, [d for d in divisors(self.ranks) if d <= nodes]):
             for tp in _options(given.tp, self._tensor_degrees(pp)):
                 rest = self.ranks // (pp * tp * replicate)
-                for cp in _options(given.cp, _divisors(rest)):
+                for cp in _options(given.cp, divisors(rest)):
                     dp_shard = given.dp_shard or max(1, rest // cp)
                     if pp * replicate * dp_shard * cp * tp != self.ranks:
                         continue
@@ -178,7 +186,7 @@ class _Search:
                         yield Degrees(pp=pp, dp_replicate=replicate, dp_shard=dp_shard, cp=cp, tp=tp, ep=ep)
 
     def _tensor_degrees(self, pp: int) -> list[int]:
-        able = [d for d in _divisors(self.ranks // pp) if self.per_node % d == 0]
+        able = [d for d in divisors(self.ranks // pp) if self.per_node % d == 0]
         return [1, *sorted((d for d in able if d > 1), reverse=True)]
 
     def _expert_degrees(self, ranks: int, tp: int) -> list[int]:
@@ -186,7 +194,7 @@ class _Search:
         shape = self.resolver.model.experts
         if shape is None:
             return [1]
-        able = [d for d in _divisors(ranks) if shape.num_experts % d == 0 and d * tp <= self.per_node]
+        able = [d for d in divisors(ranks) if shape.num_experts % d == 0 and d * tp <= self.per_node]
         return sorted({*able, 1}, reverse=True)
 
     def need(self, degrees: Degrees) -> Need:
@@ -242,7 +250,7 @@ class _Search:
 def _need(job: Job, resolver: Resolver, degrees: Degrees, policies: Mapping[str, MemoryPolicy]) -> Need:
     """The estimate: state as the adapter cuts it, what is gathered beside it, and what a microbatch keeps."""
     layout, adapters = resolver.unchecked(job, degrees)
-    value = BYTES[layout.dtype]
+    value = dtype_bytes(layout.dtype)
     whole = parts_whole(layout, adapters)
     config = layout.model.config
     tokens = -(-job.data.seq * job.data.micro_batch // degrees.cp)
@@ -292,10 +300,6 @@ def _options(given: int | None, able: Sequence[int]) -> Sequence[int]:
     return able if given is None else [given]
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def _below(degree: int) -> int:
     """The next degree that divides it."""
-    return max((d for d in _divisors(degree) if d < degree), default=1)
+    return max((d for d in divisors(degree) if d < degree), default=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from zoo.core.contracts.account import dtype_bytes
 from zoo.core.contracts.attention import AttentionBackend, AttentionProblem
 from zoo.core.contracts.models import ModelConfig
 from zoo.core.contracts.parallel import MemoryPolicy, ParallelAdapter
@@ -12,7 +13,7 @@ from zoo.core.errors import UsageError, did_you_mean
 from zoo.core.job.job import Job
 from zoo.core.machine.device import accelerator_type, memory_bytes, num_cores
 from zoo.core.mesh.degrees import Degrees
-from zoo.core.plan.memory import BYTES
+from zoo.core.plan.chosen import Chosen
 from zoo.core.registry.answers import refusal, saved_bytes
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.loading import PluginStatus
@@ -20,9 +21,7 @@ from zoo.core.registry.loading import PluginStatus
 Named = TypeVar("Named")
 
 
-def choose_attention(
-    job: Job, registry: Registry, problems: Sequence[AttentionProblem]
-) -> tuple[AttentionBackend, str]:
+def choose_attention(job: Job, registry: Registry, problems: Sequence[AttentionProblem]) -> Chosen[AttentionBackend]:
     """The backend asked for, or the one plugins choose among those that can. Raises UsageError if none can.
 
     It computes every layer, so it can if it can all `problems`; plugins choose by the first.
@@ -33,7 +32,7 @@ def choose_attention(
         objection = _objection(backend, problems)
         if objection is not None:
             raise UsageError(f"--attn {wanted} cannot run this job: {objection}. --attn auto chooses one that can")
-        return backend, f"{wanted} (asked for)"
+        return Chosen(backend, f"{wanted} (asked for)")
     backends: dict[str, AttentionBackend] = registry.attention.made()
     reasons = registry.attention.asked(lambda backend: _objection(backend, problems), backends)
     able = _able(reasons)
@@ -66,20 +65,20 @@ def choose_data_parallel(job: Job, registry: Registry) -> str:
 
 def choose_policy(
     job: Job, registry: Registry, config: ModelConfig, degrees: Degrees, dtype: str
-) -> tuple[MemoryPolicy, str]:
+) -> Chosen[MemoryPolicy]:
     """The memory policy asked for, or the one plugins choose by the activation bytes each would keep on a rank."""
     wanted = job.memory.policy
     if wanted != "auto":
-        return registry.memory_policies.make(wanted), f"{wanted} (asked for)"
+        return Chosen(registry.memory_policies.make(wanted), f"{wanted} (asked for)")
     tokens = job.data.seq * job.data.micro_batch // degrees.cp
     policies: dict[str, MemoryPolicy] = registry.memory_policies.made()
-    saved = registry.memory_policies.asked(lambda p: saved_bytes(p, config, tokens, BYTES[dtype]), policies)
+    saved = registry.memory_policies.asked(lambda p: saved_bytes(p, config, tokens, dtype_bytes(dtype)), policies)
     if not saved:
         raise UsageError("; ".join(["no plugin provides a memory policy; see `zoo plugins`", *registry.passed_over()]))
     budget = memory_bytes() // (1 if accelerator_type() else degrees.world_size)
     name = registry.select_memory_policy(saved, budget, list(saved)) or min(saved, key=lambda n: saved[n])
     gib = f"activations of about {saved[name] / 2**30:.2f} GiB of {budget / 2**30:.1f} GiB a rank"
-    return policies[name], f"{name}: {gib}"
+    return Chosen(policies[name], f"{name}: {gib}")
 
 
 def describe_layout(adapters: Sequence[ParallelAdapter], degrees: Degrees) -> str:
@@ -107,7 +106,7 @@ def _able(reasons: Mapping[str, str | None]) -> list[str]:
 
 def _chosen(
     options: Mapping[str, Named], reasons: Mapping[str, str | None], decided: str | None, by: PluginStatus | None
-) -> tuple[Named, str]:
+) -> Chosen[Named]:
     """The option decided for (the first able one if nobody decides), and a sentence on all."""
     name = decided or _able(reasons)[0]
     others = [
@@ -117,4 +116,4 @@ def _chosen(
     ]
     chooser = [f"chosen by plugin {by.label}"] if decided and by else []
     aside = "; ".join([*chooser, *others])
-    return options[name], f"{name}{f' ({aside})' if aside else ''}"
+    return Chosen(options[name], f"{name}{f' ({aside})' if aside else ''}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.core.humanize import format_count, format_tokens
 from zoo.core.machine.device import accelerator_type
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.plan.traffic_report import Report, report
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from zoo.core.contracts.account import dtype_bytes
 from zoo.core.contracts.layout import Layout
 from zoo.core.contracts.parallel import StatePart
 from zoo.core.contracts.values import ModelValues, sum_of
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def state_bytes(layout: Layout, whole: Collection[StatePart]) -> float:
@@ -21,7 +20,7 @@ def state_bytes(layout: Layout, whole: Collection[StatePart]) -> float:
     Master weights, their gradients, and AdamW's two moments, all in the master type; beside them, where they stay
     whole, the weights in the type they are computed with. Stages are taken as equal, so no rank may hold less.
     """
-    master, compute = BYTES[layout.master_dtype], BYTES[layout.dtype]
+    master, compute = dtype_bytes(layout.master_dtype), dtype_bytes(layout.dtype)
     degrees, total = layout.degrees, layout.model.values.total
     ranks = degrees.dp_shard * degrees.cp
     held = 0.0
@@ -47,7 +46,7 @@ def gathered_bytes(layout: Layout) -> float:
 
     One block is computed while the next arrives; the ends are one unit that stays.
     """
-    model, degrees, compute = layout.model.values, layout.degrees, BYTES[layout.dtype]
+    model, degrees, compute = layout.model.values, layout.degrees, dtype_bytes(layout.dtype)
     block = max((values.here(degrees) for values in model.blocks), default=0.0)
     ends = model.ends.here(degrees)
-    return compute * (2 * block + ends) + (compute + BYTES[layout.master_dtype]) * max(block, ends)
+    return compute * (2 * block + ends) + (compute + dtype_bytes(layout.master_dtype)) * max(block, ends)

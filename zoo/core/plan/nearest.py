@@ -92,6 +92,11 @@ def nearest(job: Job, works: Callable[[Job], bool], machine: Machine, *, only_gi
     return []
 
 
+def nearest_numbers(wanted: int, last: int, fits: Callable[[int], bool]) -> list[int]:
+    """Return the two numbers of 1 to `last` that fit and are nearest, ascending."""
+    return sorted(sorted(filter(fits, range(1, last + 1)), key=lambda n: abs(n - wanted))[:2])
+
+
 def _given(job: Job, key: str) -> bool:
     section, _, name = key.partition(".")
     return bool(getattr(getattr(job, section), name) != getattr(getattr(Job(), section), name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from zoo.core.errors import DataError, UsageError
 from zoo.core.job.flags import from_flags
 from zoo.core.job.job import Job, LayoutSection
 from zoo.core.machine.resources import Machine
-from zoo.core.mesh.degrees import AXES, Degrees
-from zoo.core.plan.origin import SCRATCH, open_origin
+from zoo.core.mesh.degrees import AXES, Degrees, flag
+from zoo.core.plan.nearest import nearest_numbers
+from zoo.core.plan.origin import SCRATCH, choose_origin
 from zoo.core.plan.prepare import prepare, with_recipe
 from zoo.core.plan.resolve_degrees import resolve_degrees
 from zoo.core.registry.decisions import Registry
@@ -47,7 +48,7 @@ def check_for_nodes(
         return job, _unchecked(f"the checkpoint of {entry.name} {job.model.size}")
     # A checkpoint of a published size is as its config says, which is here; a kernel is the nodes' business.
     known = job if job.model.source else job.replace("model", source=SCRATCH)
-    open_origin(known, registry)
+    choose_origin(known, registry)
     if job.data.path and not _is_here(job.data.path, registry):
         return job, _unchecked(f"--data {job.data.path}")
     there = Machine(ranks=ranks, per_node=gpus_per_node)
@@ -89,20 +90,11 @@ def _misfit(layout: LayoutSection, nodes: int, gpus: int) -> str | None:
         return None
     axis, degree = max(degrees.items(), key=lambda item: item[1])
     rest = fixed // degree
-    choices = [f"--nodes {n}" for n in _nearest(nodes, nodes + fixed, lambda n: fills(n * gpus, fixed))]
-    choices += [f"{_flag(axis)} {d}" for d in _nearest(degree, ranks, lambda d: fills(ranks, rest * d))]
-    asked = " x ".join(f"{_flag(axis)} {degree}" for axis, degree in degrees.items() if degree > 1) or "one process"
+    choices = [f"--nodes {n}" for n in nearest_numbers(nodes, nodes + fixed, lambda n: fills(n * gpus, fixed))]
+    choices += [f"{flag(axis)} {d}" for d in nearest_numbers(degree, ranks, lambda d: fills(ranks, rest * d))]
+    asked = " x ".join(f"{flag(axis)} {degree}" for axis, degree in degrees.items() if degree > 1) or "one process"
     return (
         f"{asked} needs {'' if exact else 'a multiple of '}{fixed} ranks, "
         f"and --nodes {nodes} x --gpus-per-node {gpus} are {ranks}; "
         f"nearest: {' or '.join(choices) or f'--nodes 1 --gpus-per-node {fixed}'}"
     )
-
-
-def _nearest(wanted: int, last: int, fits: Callable[[int], bool]) -> list[int]:
-    """The two numbers of 1 to `last` that fit and are nearest, ascending."""
-    return sorted(sorted(filter(fits, range(1, last + 1)), key=lambda number: abs(number - wanted))[:2])
-
-
-def _flag(axis: str) -> str:
-    return "--" + axis.replace("_", "-")

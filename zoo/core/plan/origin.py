@@ -15,6 +15,7 @@ from zoo.core.errors import DataError, UsageError, did_you_mean
 from zoo.core.job.job import Job
 from zoo.core.machine.device import accelerator_type
 from zoo.core.model.answers import check_kv_heads, hub_fields, loaded_spec, overridden, parsed
+from zoo.core.plan.chosen import Chosen
 from zoo.core.registry.answers import located, opened
 from zoo.core.registry.decisions import Registry
 from zoo.core.tokenizer.files import has_vocabulary
@@ -27,7 +28,7 @@ _SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class ModelSource:
     """A model before training."""
 
     entry: ModelEntry
@@ -46,22 +47,15 @@ class Origin:
             return job.model.size or Path(str(job.model.source)).name
         return next(iter(entry.embedded), entry.default_size) if accelerator_type() is None else entry.default_size
 
-    @property
-    def sentence(self) -> str:
-        if self.checkpoint is None:
-            return "random weights"
-        none = self.checkpoint.own_names and self.checkpoint.checksums is None
-        return f"weights from {self.checkpoint.path}{' (it has no checksums, so unchecked)' if none else ''}"
 
-
-def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> Origin:
+def choose_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> Chosen[ModelSource]:
     """Find and open what a job starts from. Raises UsageError, PluginError or DataError.
 
     Without `needs_weights` a published size stands for its checkpoint, and nothing is said of a tokenizer.
     """
     entry: ModelEntry = registry.models.get(job.model.name)
     spec = loaded_spec(registry.models, job.model.name)
-    size = Origin.size_of(job, entry)
+    size = ModelSource.size_of(job, entry)
     known = list(entry.sizes)
     if size not in entry.sizes and job.model.source in (None, SCRATCH):
         hint = did_you_mean(size, known)
@@ -72,14 +66,11 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
     if size in entry.kv_heads:
         check_kv_heads(spec, entry, size, parsed(spec, entry.sizes[size]))
     if not needs_weights and job.model.source is None:
-        return Origin(
-            entry=entry,
-            spec=spec,
-            size=size,
-            checkpoint=None,
-            hub_config=_overridden(entry.sizes[size], job, spec),
-            tokenizer_path=Path(),
+        fields = _overridden(entry.sizes[size], job, spec)
+        known_size = ModelSource(
+            entry=entry, spec=spec, size=size, checkpoint=None, hub_config=fields, tokenizer_path=Path()
         )
+        return Chosen(known_size, _said_of(None))
     source = job.model.source or entry.embedded.get(size) or entry.hub_ids.get(size)
     if source is None:
         raise UsageError(f"{entry.name} {size} has no published checkpoint; give --from DIR, or --from {SCRATCH}")
@@ -87,7 +78,7 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
     if checkpoint and job.model.source:
         _check_size(job.model.size, checkpoint, entry)
     hub_config = checkpoint.config if checkpoint else entry.sizes[size]
-    return Origin(
+    found = ModelSource(
         entry=entry,
         spec=spec,
         size=size,
@@ -95,6 +86,15 @@ def open_origin(job: Job, registry: Registry, *, needs_weights: bool = True) -> 
         hub_config=_overridden(hub_config, job, spec),
         tokenizer_path=_tokenizer_path(entry, checkpoint),
     )
+    return Chosen(found, _said_of(checkpoint))
+
+
+def _said_of(checkpoint: HubCheckpoint | None) -> str:
+    """Return where weights come from, in words."""
+    if checkpoint is None:
+        return "random weights"
+    none = checkpoint.own_names and checkpoint.checksums is None
+    return f"weights from {checkpoint.path}{' (it has no checksums, so unchecked)' if none else ''}"
 
 
 def _check_size(size: str | None, checkpoint: HubCheckpoint, entry: ModelEntry) -> None:

@@ -28,6 +28,9 @@ from zoo.core.plan.schemes import able_schemes
 from zoo.core.registry.answers import adapter_named, applies, check_adapter, refusal, whole_parts
 from zoo.core.registry.decisions import Registry
 
+Notes = tuple[tuple[str, str], ...]
+"""Topics and sentences."""
+
 _DATA_AXES = ("dp_replicate", "dp_shard")
 _PROCESS_BYTES = 200 * 2**20
 """What a rank holds before it has any weight: an interpreter with torch."""
@@ -42,6 +45,8 @@ class Resolution:
     layout: Layout
     adapters: Sequence[ParallelAdapter]
     """Those that apply."""
+    notes: Notes = ()
+    """Of degrees that were chosen: a sentence for each axis."""
 
 
 @dataclass(frozen=True, kw_only=True)

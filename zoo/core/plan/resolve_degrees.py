@@ -6,7 +6,8 @@ import math
 
 from zoo.core.errors import LayoutError
 from zoo.core.job.job import LayoutSection
-from zoo.core.mesh.degrees import AXES, EVERY_AXIS, Degrees
+from zoo.core.mesh.degrees import AXES, EVERY_AXIS, Degrees, flag
+from zoo.core.plan.nearest import nearest_numbers
 
 
 def check_degrees(layout: LayoutSection) -> None:
@@ -14,7 +15,7 @@ def check_degrees(layout: LayoutSection) -> None:
     for axis in EVERY_AXIS:
         degree = getattr(layout, axis)
         if degree is not None and degree < 1:
-            raise LayoutError(f"{_flag(axis)} {degree}: a degree is at least 1")
+            raise LayoutError(f"{flag(axis)} {degree}: a degree is at least 1")
 
 
 def resolve_degrees(
@@ -33,7 +34,7 @@ def resolve_degrees(
     dp_shard = layout.dp_shard or max(1, target // fixed)
     ranks = fixed * dp_shard
     asked = " x ".join(
-        f"{_flag(axis)} {value}" for axis in AXES if (value := getattr(layout, axis)) is not None and value > 1
+        f"{flag(axis)} {value}" for axis in AXES if (value := getattr(layout, axis)) is not None and value > 1
     )
     if world_size is not None and ranks != world_size:
         needed = f"{ranks} ranks" if layout.dp_shard else f"a multiple of {fixed} ranks"
@@ -55,13 +56,8 @@ def _check_fold(ep: int, dp_shard: int, cp: int) -> None:
     ranks = dp_shard * cp
     if ranks % ep == 0:
         return
-    near = sorted((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: abs(d - ep))[:2]
-    choices = " or ".join(f"--ep {degree}" for degree in sorted(near))
+    choices = " or ".join(f"--ep {degree}" for degree in nearest_numbers(ep, ranks, lambda d: ranks % d == 0))
     raise LayoutError(
         f"--ep {ep} must divide --dp-shard {dp_shard} x --cp {cp} = {ranks} ranks, over which experts are dealt out",
         f"nearest: {choices}, or choose --dp-shard and --cp whose product is a multiple of {ep}",
     )
-
-
-def _flag(axis: str) -> str:
-    return "--" + axis.replace("_", "-")

@@ -9,6 +9,7 @@ from typing import cast
 
 from zoo.core.attention.answers import check_cover
 from zoo.core.attention.forecast import Rates, forecast
+from zoo.core.contracts.account import dtype_bytes
 from zoo.core.contracts.attention import AttentionProblem, ContextScheme, Forecast
 from zoo.core.contracts.layout import Layout
 from zoo.core.errors import LayoutError, UsageError
@@ -16,17 +17,14 @@ from zoo.core.humanize import format_bytes, format_duration
 from zoo.core.job.job import Job, LayoutSection
 from zoo.core.machine.device import attention_flops, link_bytes
 from zoo.core.plan.choices import first_reason
+from zoo.core.plan.chosen import Chosen
 from zoo.core.registry.answers import refusal
 from zoo.core.registry.decisions import Registry
 from zoo.core.sequence.mask import Mask
 from zoo.core.sequence.row_layout import row_layout
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-
-def choose_schemes(
-    registry: Registry, layout: Layout, mask: str = "causal"
-) -> tuple[dict[int | None, ContextScheme], str]:
+def choose_schemes(registry: Registry, layout: Layout, mask: str = "causal") -> Chosen[dict[int | None, ContextScheme]]:
     """The scheme for each window that layers of the model have, and a sentence on them; empty without `--cp`.
 
     `--cp-scheme A` means all layers, `A,B` those without and with a window. Raises UsageError if one cannot run.
@@ -34,7 +32,7 @@ def choose_schemes(
     plain, windowed = _wanted(layout.settings, registry)
     degree = layout.degrees.cp
     if degree == 1:
-        return {}, ""
+        return Chosen({}, "")
     schemes: dict[int | None, ContextScheme] = {}
     notes = []
     narrow = sorted(window for window in layout.model.windows if window is not None)
@@ -53,7 +51,7 @@ def choose_schemes(
         kind = f" of window {', '.join(map(str, windows))}" if window is not None else ""
         where = f" for {layers} layer{'s' * (layers != 1)}{kind}" if len(layout.model.windows) > 1 or kind else ""
         notes.append(f"{scheme.name}{where} ({why})")
-    return schemes, " and ".join(notes)
+    return Chosen(schemes, " and ".join(notes))
 
 
 def able_schemes(registry: Registry, layout: Layout) -> dict[int | None, ContextScheme]:
@@ -100,9 +98,9 @@ def settled(job: Job, schemes: Mapping[int | None, ContextScheme]) -> Job:
 
 def rates(problem: AttentionProblem, degree: int, wire: str | None) -> Rates:
     """What this machine's ranks compute and send at, by data sheet."""
-    value = _BYTES[problem.dtype]
+    value = dtype_bytes(problem.dtype)
     gradient = 8 if problem.dtype == "float64" else 4
-    carried = _BYTES[wire] if wire else value
+    carried = dtype_bytes(wire) if wire else value
     return Rates(
         flops=attention_flops(problem.dtype, degree),
         link=link_bytes(degree),
@@ -161,7 +159,7 @@ def _reason(scheme: ContextScheme, layout: Layout) -> str | None:
     return first_reason(refusal(who, "check", scheme.check(problem, layout.seq, degree)) for problem in layout.problems)
 
 
-def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -> tuple[ContextScheme, str]:
+def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -> Chosen[ContextScheme]:
     asked = registry.context_schemes.asked
     schemes: dict[str, ContextScheme] = registry.context_schemes.made()
     reasons = asked(lambda scheme: _reason(scheme, layout), schemes)
@@ -178,7 +176,7 @@ def _choose(registry: Registry, layout: Layout, kind: str, window: int | None) -
     said += [f"{other} {describe(costs[other])}" for other in others]
     said += [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason is not None]
     chosen = f"chosen by plugin {by.label}; " if by else ""
-    return schemes[name], chosen + "; ".join(said)
+    return Chosen(schemes[name], chosen + "; ".join(said))
 
 
 def describe(cost: Forecast) -> str:

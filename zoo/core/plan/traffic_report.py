@@ -12,7 +12,7 @@ from zoo.core.humanize import format_bytes, table
 from zoo.core.machine.device import accelerator_type
 from zoo.core.mesh.degrees import AXES, Degrees
 from zoo.core.model.inventory import meta_model
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.plan.traffic import sent, step_traffic
 from zoo.core.sequence.mask import Mask
 

@@ -97,7 +97,7 @@ class Clash:
         return f"{self.noun} '{self.name}' is given by {claimed}; using it is an error until one is blocked"
 
 
-class Lookup(Generic[E]):
+class Catalog(Generic[E]):
     """Entries of one kind. `get` and `load` raise the error a user can act on; iteration gives what can be used."""
 
     def __init__(self, kind: str, plugins: Plugins, *, reserved: Collection[str] = ()) -> None:

@@ -18,7 +18,7 @@ from zoo.core.contracts.entries import (
     TrackerEntry,
 )
 from zoo.core.errors import PluginError, ZooError, one_line
-from zoo.core.registry.catalog import Clash, Lookup, stdout_kept
+from zoo.core.registry.catalog import Catalog, Clash, stdout_kept
 from zoo.core.registry.loading import Plugins, PluginStatus
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ class Registry:
         taken = reserved or {}
         self.plugins = plugins
         self._deciders: dict[str, PluginStatus] = {}
-        self.models = Lookup[ModelEntry]("models", plugins)
-        self.attention = Lookup[AttentionEntry]("attention", plugins)
-        self.context_schemes = Lookup[ContextSchemeEntry]("context_schemes", plugins)
-        self.parallel_adapters = Lookup[ParallelAdapterEntry]("parallel_adapters", plugins)
-        self.memory_policies = Lookup[MemoryPolicyEntry]("memory_policies", plugins)
-        self.converters = Lookup[ConverterEntry]("converters", plugins)
-        self.data_formats = Lookup[DataFormatEntry]("data_formats", plugins)
-        self.trackers = Lookup[TrackerEntry]("trackers", plugins)
-        self.commands = Lookup[CommandEntry]("commands", plugins, reserved=taken.get("commands", ()))
-        self.lookups = tuple(value for value in vars(self).values() if isinstance(value, Lookup))
+        self.models = Catalog[ModelEntry]("models", plugins)
+        self.attention = Catalog[AttentionEntry]("attention", plugins)
+        self.context_schemes = Catalog[ContextSchemeEntry]("context_schemes", plugins)
+        self.parallel_adapters = Catalog[ParallelAdapterEntry]("parallel_adapters", plugins)
+        self.memory_policies = Catalog[MemoryPolicyEntry]("memory_policies", plugins)
+        self.converters = Catalog[ConverterEntry]("converters", plugins)
+        self.data_formats = Catalog[DataFormatEntry]("data_formats", plugins)
+        self.trackers = Catalog[TrackerEntry]("trackers", plugins)
+        self.commands = Catalog[CommandEntry]("commands", plugins, reserved=taken.get("commands", ()))
+        self.lookups = tuple(value for value in vars(self).values() if isinstance(value, Catalog))
 
     def owner(self, kind: str, name: str) -> PluginStatus:
-        """The plugin that gives `name` of `kind` (`attention`, `models`, ...). Raises as `Lookup.get`."""
+        """The plugin that gives `name` of `kind` (`attention`, `models`, ...). Raises as `Catalog.get`."""
         return next(lookup for lookup in self.lookups if lookup.kind == kind).owner(name)
 
     def clashes(self) -> list[Clash]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from zoo.core.contracts.entries import load_target
 from zoo.core.errors import PluginFailed, ZooError, error_of, one_line
 from zoo.core.machine.launcher_env import said_rank
-from zoo.core.registry.catalog import KINDS, Lookup
+from zoo.core.registry.catalog import KINDS, Catalog
 from zoo.core.registry.loading import Plugins, PluginStatus
 
 _ZOO = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
@@ -180,7 +180,7 @@ def _others(status: PluginStatus, places: Sequence[_Place], plugins: Plugins) ->
     ways = []
     for kind in _kinds(status, places):
         own = {entry.name for entry in status.entries[kind]}
-        others = [name for name in Lookup(kind, plugins).names() if name not in own]
+        others = [name for name in Catalog(kind, plugins).names() if name not in own]
         if KINDS[kind].option and others:
             ways.append(f"another {KINDS[kind].option} ({', '.join(others)})")
     return ways

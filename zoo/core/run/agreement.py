@@ -18,7 +18,7 @@ import torch.distributed as dist
 from zoo.core.contracts.weights import TensorSource
 from zoo.core.errors import PluginError, UsageError
 from zoo.core.launch.collective import gathered, host_name, shared
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.registry.failures import plugins_named
 from zoo.core.registry.loading import Plugins, differences
 from zoo.core.storage import finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zoo.core.errors import ZooError
 from zoo.core.model.inventory import checked_book
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.registry.decisions import Registry
 from zoo.core.run.resume import checked_progress
 from zoo.core.run.run_lock import require_free

@@ -13,8 +13,8 @@ from zoo.core.run.metrics import MetricsFile
 from zoo.core.run.trackers import Trackers
 
 
-class Voice:
-    """Says nothing: the voice of every rank but the first."""
+class Reporter:
+    """Says nothing: the reporter of every rank but the first."""
 
     def started(self) -> None:
         """The first step comes next."""
@@ -32,7 +32,7 @@ class Voice:
         """The run is over, by an error or not."""
 
 
-class FirstRankVoice(Voice):
+class FirstRankVoice(Reporter):
     """Writes metrics.jsonl, calls observers and trackers, prints to stderr."""
 
     def __init__(self, run: RunInfo, *, observers: Observers, trackers: Trackers) -> None:

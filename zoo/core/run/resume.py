@@ -15,7 +15,7 @@ from typing import Any
 from zoo.core.errors import UsageError
 from zoo.core.job.job import Job
 from zoo.core.model.inventory import meta_model
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.storage.finished import resumable_progress
 
 

@@ -18,7 +18,7 @@ from zoo.core.launch.process_group import host_group
 from zoo.core.mesh.mesh import Mesh
 from zoo.core.model.inventory import meta_model, rules_for
 from zoo.core.model.load import ModuleSource, load_into
-from zoo.core.plan.prepare import Prepared
+from zoo.core.plan.prepared import Prepared
 from zoo.core.registry.decisions import Registry
 from zoo.core.registry.failures import plugins_named
 from zoo.core.run import assemble, checkpoint

@@ -17,14 +17,15 @@ from zoo.core.job.job import Job
 from zoo.core.launch.launcher import inside_launcher
 from zoo.core.launch.process_group import any_rank, process_group
 from zoo.core.launch.signals import NOTHING_YET, StopSignals, start_is_over
-from zoo.core.launch.watchdog import Heart
-from zoo.core.plan.prepare import Prepared, prepare
+from zoo.core.launch.watchdog import Heartbeat
+from zoo.core.plan.prepare import prepare
+from zoo.core.plan.prepared import Prepared
 from zoo.core.registry.decisions import Observers, Registry
 from zoo.core.registry.loading import Plugins
 from zoo.core.run.agreement import agreed
 from zoo.core.run.determinism import determinism
 from zoo.core.run.nan_trace import first_of_ranks, traced
-from zoo.core.run.reporter import FirstRankVoice, Voice
+from zoo.core.run.reporter import FirstRankVoice, Reporter
 from zoo.core.run.run import Run
 from zoo.core.run.run_lines import first_empty, nothing_trained, rows_read
 from zoo.core.run.run_lock import alone_in
@@ -32,88 +33,88 @@ from zoo.core.run.saver import Saved
 from zoo.core.run.trackers import Trackers
 
 
-def train(job: Job, plugins: Plugins, heart: Heart) -> Path:
+def train(job: Job, plugins: Plugins, heartbeat: Heartbeat) -> Path:
     """Train to the last step and return the run directory. Collective: every rank calls it with the same job.
 
     Raises SavedOnSignal after a save that a signal asked for, NumericsError at the first loss that is no number,
     and whatever is wrong with the job, its data or its checkpoint.
     """
     registry = Registry(plugins)
-    with joined(heart) as (signals, device):
+    with joined(heartbeat) as (signals, device):
         prepared = agreed(lambda: prepare(job, registry, world_size=dist.get_world_size()), plugins)
-        return train_prepared(prepared, registry, signals, heart, device)
+        return train_prepared(prepared, registry, signals, heartbeat, device)
 
 
 @contextlib.contextmanager
-def joined(heart: Heart) -> Iterator[tuple[StopSignals, torch.device]]:
+def joined(heartbeat: Heartbeat) -> Iterator[tuple[StopSignals, torch.device]]:
     """Join the other ranks, and hear signals; gives this rank's device too."""
-    heart.enters("joining the other ranks")
+    heartbeat.enters("joining the other ranks")
     with StopSignals(alone=not inside_launcher()) as signals, process_group() as device:
-        heart.enters("reading the job")
+        heartbeat.enters("reading the job")
         yield signals, device
 
 
 def train_prepared(
-    prepared: Prepared, registry: Registry, signals: StopSignals, heart: Heart, device: torch.device
+    prepared: Prepared, registry: Registry, signals: StopSignals, heartbeat: Heartbeat, device: torch.device
 ) -> Path:
     """Do as `train`, once ranks have joined, with a job that is the same on all of them."""
     with determinism(prepared.job.model.deterministic), alone_in(prepared.out):
-        heart.enters("building the model")
+        heartbeat.enters("building the model")
         run = Run.build(prepared, registry, device)
-        voice = _voice(run, registry) if dist.get_rank() == 0 else Voice()
+        reporter = _reporter(run, registry) if dist.get_rank() == 0 else Reporter()
         try:
             try:
-                _loop(run, signals, voice, heart)
+                _loop(run, signals, reporter, heartbeat)
             except NumericsError as error:
-                _heard(run.saver.wait(), voice)
-                raise _blamed(error, run, registry, voice, heart) from None
+                _heard(run.saver.wait(), reporter)
+                raise _blamed(error, run, registry, reporter, heartbeat) from None
         except BaseException as error:
             # Ranks that end by their own word, alone or together, have peers that still write what was begun.
             if isinstance(error, ZooError) or dist.get_world_size() == 1:
                 with contextlib.suppress(Exception):  # of which this is not the cause
-                    _heard(run.saver.wait(), voice)
-            voice.ended(error)
+                    _heard(run.saver.wait(), reporter)
+            reporter.ended(error)
             raise
         finally:
             run.close()
-        voice.ended(None)
+        reporter.ended(None)
         return run.path
 
 
-def _loop(run: Run, signals: StopSignals, voice: Voice, heart: Heart) -> None:
+def _loop(run: Run, signals: StopSignals, reporter: Reporter, heartbeat: Heartbeat) -> None:
     job = run.prepared.job
-    _begin(run, signals, heart)
-    voice.started()
-    _say_what_is_read(run, voice)
+    _begin(run, signals, heartbeat)
+    reporter.started()
+    _say_what_is_read(run, reporter)
     for note in run.notes:
-        voice.noted(note)
+        reporter.noted(note)
     run.meter.restart_clock()
     while run.state.step < job.schedule.steps:
-        heart.beat()
+        heartbeat.beat()
         run.meter.add(run.step())
         step = run.state.step
         stopping = any_rank(signals.asked)
         last = step == job.schedule.steps
         due = last or stopping or step % job.checkpoint.every == 0
         if due or step % job.log.every == 0:
-            _report(run, voice)
+            _report(run, reporter)
         if last:
-            voice.noted(rows_read(run.position, empty_steps=run.meter.empty_steps))
-        _heard(run.saver.ended(), voice)
+            reporter.noted(rows_read(run.position, empty_steps=run.meter.empty_steps))
+        _heard(run.saver.ended(), reporter)
         if last and not run.meter.trained:
             raise nothing_trained(job)
         if due:
-            _save(run, voice, must=last or stopping)
+            _save(run, reporter, must=last or stopping)
         if stopping and not last:
             raise SavedOnSignal(f"saved step {step} of {job.schedule.steps} in {run.path}; the same command goes on")
 
 
-def _begin(run: Run, signals: StopSignals, heart: Heart) -> None:
+def _begin(run: Run, signals: StopSignals, heartbeat: Heartbeat) -> None:
     """Wait until every rank has its first data, the end of the start. Raises SavedOnSignal on all if one was asked.
 
     All wait once before signals are left to `signals`: a rank that a signal ends then leaves none in its first step.
     """
-    heart.enters("reading the first data")
+    heartbeat.enters("reading the first data")
     run.feed.ready()
     any_rank(signals.asked)
     start_is_over()
@@ -121,34 +122,36 @@ def _begin(run: Run, signals: StopSignals, heart: Heart) -> None:
         raise SavedOnSignal(NOTHING_YET)
 
 
-def _report(run: Run, voice: Voice) -> None:
+def _report(run: Run, reporter: Reporter) -> None:
     """Say what is known of the steps since the last time, and of the first step that trained nothing."""
     before = run.meter.empty_steps
     steps = run.meter.flush()
-    voice.stepped(steps)
+    reporter.stepped(steps)
     if not before and run.meter.empty_steps:
-        voice.noted(first_empty(steps))
+        reporter.noted(first_empty(steps))
 
 
-def _say_what_is_read(run: Run, voice: Voice) -> None:
+def _say_what_is_read(run: Run, reporter: Reporter) -> None:
     """Say before the first step what became of its samples: what is wrong with the data need not cost a step."""
     ahead = run.feed.ahead() if run.stream is not None else None
     if run.stream is None or ahead is None:
         return
     for note in run.stream.notes:
-        voice.noted(f"{'warning':<10}{note}")
-    voice.noted(rows_read(ahead, empty_steps=run.meter.empty_steps))
+        reporter.noted(f"{'warning':<10}{note}")
+    reporter.noted(rows_read(ahead, empty_steps=run.meter.empty_steps))
 
 
-def _blamed(error: NumericsError, run: Run, registry: Registry, voice: Voice, heart: Heart) -> NumericsError:
+def _blamed(
+    error: NumericsError, run: Run, registry: Registry, reporter: Reporter, heartbeat: Heartbeat
+) -> NumericsError:
     """The error with the module it began in: from the last checkpoint on the steps are computed again; collective.
 
     Weights after a bad step are bad everywhere, and those before it are nowhere but there.
     """
     own = run.checkpoints.steps()
     kept = f"step-{own[-1]} is intact" if own else "there was no checkpoint yet"
-    voice.noted(f"{error}; computing from step {own[-1] if own else run.first_step} on again, to find the module")
-    heart.enters("computing again, to find the module")
+    reporter.noted(f"{error}; computing from step {own[-1] if own else run.first_step} on again, to find the module")
+    heartbeat.enters("computing again, to find the module")
     run.feed.drain()
     del run.state  # to make room
     gc.collect()
@@ -156,7 +159,7 @@ def _blamed(error: NumericsError, run: Run, registry: Registry, voice: Voice, he
     again = Run.build(replace(run.prepared, job=resume), registry, run.device)
     try:
         while again.state.step < error.step - 1:
-            heart.beat()
+            heartbeat.beat()
             again.step()
         with traced(again.state.model) as trace:
             again.step()
@@ -168,26 +171,26 @@ def _blamed(error: NumericsError, run: Run, registry: Registry, voice: Voice, he
     return NumericsError(f"{error}; {where}. {kept}", error.step)
 
 
-def _save(run: Run, voice: Voice, *, must: bool) -> None:
+def _save(run: Run, reporter: Reporter, *, must: bool) -> None:
     """Save now, once the save before has ended. Raises SaveFailed if it `must` be; else a failure is a warning."""
-    _heard(run.saver.wait(), voice)
+    _heard(run.saver.wait(), reporter)
     saved = run.save(beside=run.prepared.job.checkpoint.background and not must)
     if must and saved is not None and saved.failure is not None:
         raise saved.failure
-    _heard([saved] if saved is not None else [], voice)
+    _heard([saved] if saved is not None else [], reporter)
 
 
-def _heard(ended: Sequence[Saved], voice: Voice) -> None:
+def _heard(ended: Sequence[Saved], reporter: Reporter) -> None:
     """Say how saves ended."""
     for save in ended:
         if save.path is not None:
-            voice.saved(save.step, save.path)
+            reporter.saved(save.step, save.path)
         elif save.failure is not None:
-            voice.noted(f"warning: {save.failure.what}. The run goes on, and saves again when next due")
+            reporter.noted(f"warning: {save.failure.what}. The run goes on, and saves again when next due")
 
 
-def _voice(run: Run, registry: Registry) -> Voice:
-    """The voice of rank 0; leaves config.yaml on the way. Raises DataError if the run's files cannot be written."""
+def _reporter(run: Run, registry: Registry) -> Reporter:
+    """The reporter of rank 0; leaves config.yaml on the way. Raises DataError if the run's files cannot be written."""
     job = run.prepared.job
     with _writable(run.path):
         fresh = run.path / ".config.yaml.new"

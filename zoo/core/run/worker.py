@@ -7,9 +7,9 @@ from typing import Any
 
 from zoo.core.job.job import Job
 from zoo.core.launch.launcher import Work
-from zoo.core.launch.rank_folder import Office
+from zoo.core.launch.rank_folder import RankFolder
 from zoo.core.launch.signals import NOTHING_YET
-from zoo.core.launch.watchdog import RESUMES, Heart
+from zoo.core.launch.watchdog import RESUMES, Heartbeat
 from zoo.core.registry.failures import plugins_named
 from zoo.core.registry.loading import Plugins
 from zoo.core.run.train import train
@@ -23,7 +23,7 @@ TRAINING = Work(
 )
 
 
-def train_as_asked(payload: dict[str, Any], _office: Office, heart: Heart) -> None:
+def train_as_asked(payload: dict[str, Any], _rank_folder: RankFolder, heartbeat: Heartbeat) -> None:
     """The work of a training run: the job and the plugins that the launcher resolved."""
     job = Job.from_plain(payload["job"])
     if payload["restart"] and job.checkpoint.out is not None:
@@ -31,4 +31,4 @@ def train_as_asked(payload: dict[str, Any], _office: Office, heart: Heart) -> No
         job = job.replace("checkpoint", resume=resume)
     plugins = Plugins.from_resolved(payload["plugins"])
     with plugins_named(plugins):
-        train(job, plugins, heart)
+        train(job, plugins, heartbeat)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from zoo import Counts, Layout, ParallelAdapter, ParallelPlan, Phase, Sums, UsageError, find_modules
 from zoo.core.sequence.ranges import share_of
-from zoo.plugins.parallel.pipeline.cut import Cut
+from zoo.plugins.parallel.pipeline.cut import Partition
 from zoo.plugins.parallel.pipeline.shards import held
 from zoo.plugins.parallel.pipeline.stage_model import PassThrough, StageModel, stage_view
 from zoo.plugins.parallel.pipeline.stages import SCHEDULES, objection
@@ -48,7 +48,7 @@ class PipelineParallel(ParallelAdapter):
     phase: ClassVar[Phase] = Phase.SPLIT
 
     def __init__(self) -> None:
-        self._cut: Cut | None = None
+        self._cut: Partition | None = None
 
     def check(self, layout: Layout) -> str | None:
         """None, or why these blocks cannot be dealt out so."""
@@ -56,7 +56,7 @@ class PipelineParallel(ParallelAdapter):
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:
         """Keep the blocks and ends of this rank's stages; names stay. Raises UsageError if a seam is left without."""
-        self._cut = cut = Cut.of(model, plan, mesh, layout)
+        self._cut = cut = Partition.of(model, plan, mesh, layout)
         held = {name for stage in cut.mine for name in cut.blocks[stage]}
         for name in (name for stage in cut.blocks for name in stage if name not in held):
             delattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
@@ -84,7 +84,7 @@ class PipelineParallel(ParallelAdapter):
 class Pipelined:
     """All microbatches of a step through the stages of this rank."""
 
-    def __init__(self, model: nn.Module, cut: Cut, mesh: Mesh, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, cut: Partition, mesh: Mesh, layout: Layout) -> None:
         self.cut = cut
         self.group = mesh["pp"].get_group()
         self.ranks = mesh.size("pp")

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from zoo import Layout, ParallelPlan, find_modules
+from zoo.core.model.inventory import matrix_values
 from zoo.plugins.parallel.pipeline.stages import balance, stages_of, virtual
 
 
@@ -23,7 +24,7 @@ class Places(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Partition:
     """Where a model is cut, as names of modules."""
 
     blocks: list[list[str]]
@@ -45,13 +46,13 @@ class Cut:
     num_experts: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, layout: Layout) -> Cut:
+    def of(cls, model: nn.Module, plan: ParallelPlan, mesh: Places, layout: Layout) -> Partition:
         """For a whole model on meta."""
         names, pp = find_modules(model, plan.block), mesh.size("pp")
         first, last = ([n for glob in globs for n in find_modules(model, glob)] for globs in (plan.first, plan.last))
         costs = _costs(model, names, plan, layout.model.scores(layout.seq))
         # A look-up multiplies nothing.
-        head = sum(_matrix_values(model.get_submodule(name)) for name in last)
+        head = sum(matrix_values(model.get_submodule(name)) for name in last)
         parts = balance(costs, pp * virtual(layout.settings), last=float(head))
         ends = [{id(p) for name in end for p in model.get_submodule(name).parameters()} for end in (first, last)]
         holders = {name[:i] for name in (*names, *first, *last) for i, c in enumerate(name) if c == "."}
@@ -83,16 +84,12 @@ def _parameters(model: nn.Module, globs: Sequence[str]) -> Iterator[nn.Parameter
     return (p for glob in globs for name in find_modules(model, glob) for p in model.get_submodule(name).parameters())
 
 
-def _matrix_values(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
-
-
 def _costs(model: nn.Module, blocks: Sequence[str], plan: ParallelPlan, scores: Sequence[float]) -> list[float]:
     """Of each block, multiplications of a token: values of matrices, and scores where it has attention."""
     attending = [name for name in find_modules(model, plan.seams["attention"])]
     of_layer = dict(zip(attending, scores, strict=True)) if scores else {}
     return [
-        _matrix_values(model.get_submodule(block))
+        matrix_values(model.get_submodule(block))
         + sum(cost for name, cost in of_layer.items() if name.startswith(f"{block}."))
         for block in blocks
     ]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from zoo import Counts, RouterStats, Sums, UsageError
 from zoo.core.model.answers import check_losses
 from zoo.core.run.forward_backward import as_losses
-from zoo.plugins.parallel.pipeline.cut import Cut
+from zoo.plugins.parallel.pipeline.cut import Partition
 
 if TYPE_CHECKING:
     from zoo import Batch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StageModel(nn.Module):
     """One stage: microbatch by number and hidden states to hidden states, or to a part of the loss."""
 
-    def __init__(self, view: nn.Module, cut: Cut, index: int, family: str = "") -> None:
+    def __init__(self, view: nn.Module, cut: Partition, index: int, family: str = "") -> None:
         super().__init__()
         self.view = view
         self.index = index
@@ -67,7 +67,7 @@ class StageModel(nn.Module):
         return loss
 
 
-def stage_view(model: nn.Module, cut: Cut, stage: int, splits: bool) -> nn.Module:
+def stage_view(model: nn.Module, cut: Partition, stage: int, splits: bool) -> nn.Module:
     """The model of one stage, sharing modules with that of the rank: a block of another stage is not in it."""
     blocks = {name for other in cut.blocks for name in other} - set(cut.blocks[stage])
     is_first, is_last = stage == 0, stage == cut.num_stages - 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 from zoo import Account
 from zoo.core.contracts.account import COUNT_BYTES, Microbatch
 from zoo.core.sequence.ranges import share_of
-from zoo.plugins.parallel.pipeline.cut import Cut
+from zoo.plugins.parallel.pipeline.cut import Partition
 from zoo.plugins.parallel.pipeline.stages import SCHEDULES, stages_of
 
 
 def account_pipeline(account: Account) -> None:
     """A message for each microbatch and each stage whose neighbour is on another rank (1806.03377, 2104.04473)."""
-    cut = Cut.of(account.model, account.plan, account, account.layout)
+    cut = Partition.of(account.model, account.plan, account, account.layout)
     _keep(account, cut)
     rank, ranks, last = account.rank("pp"), account.size("pp"), cut.num_stages - 1
     owner = {stage: r for r in range(ranks) for stage in stages_of(r, ranks, account.layout.settings)}
@@ -29,7 +29,7 @@ def account_pipeline(account: Account) -> None:
         account.afterwards.append(lambda: _tied(account, cut))
 
 
-def _tied(account: Account, cut: Cut) -> None:
+def _tied(account: Account, cut: Partition) -> None:
     """The two ends of a tied model swap the gradients of their shards once a step."""
     for name in cut.tied:
         account.add("send", "pp", "tied gradients", account.weights[name].values * account.master_bytes)
@@ -44,7 +44,7 @@ def _share(account: Account, batch: Microbatch) -> int:
     )
 
 
-def _sums(account: Account, cut: Cut, *, forward: bool) -> None:
+def _sums(account: Account, cut: Partition, *, forward: bool) -> None:
     """What routers did so far: probabilities, whose gradients come back, and counts."""
     if cut.layer_sum:
         account.add("send", "pp", "sums of routers", cut.num_experts * account.exact_bytes)
@@ -52,7 +52,7 @@ def _sums(account: Account, cut: Cut, *, forward: bool) -> None:
             account.add("send", "pp", "sums of routers", cut.num_experts * COUNT_BYTES)
 
 
-def _keep(account: Account, cut: Cut) -> None:
+def _keep(account: Account, cut: Partition) -> None:
     """Note what `apply` keeps."""
     account.blocks = [block for stage in cut.mine for block in cut.blocks[stage]]
     account.is_first, account.is_last = 0 in cut.mine, cut.num_stages - 1 in cut.mine
