@@ -153,7 +153,7 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        _, err = zoo(*job, "--steps", "4", status=5)
+        _, err = zoo(*job, "--steps", "4", status=5, cold=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "The run goes on" in err  # step 3 was not the last

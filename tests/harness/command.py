@@ -14,7 +14,7 @@ from zoo.core.run.metrics import read_metrics
 def start(*args, output=subprocess.PIPE, cold=False, **env):
     """`zoo ARGS` as a running process; output is text on stdout and stderr, pipes if no file is given for both.
 
-    `cold` starts an interpreter, which imports everything anew.
+    `cold` starts an interpreter, which imports everything anew and has the limits and signals of this process.
     """
     words = list(map(str, args))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env
@@ -24,9 +24,9 @@ def start(*args, output=subprocess.PIPE, cold=False, **env):
     return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
 
 
-def zoo(*args, status=0, **env):
+def zoo(*args, status=0, cold=False, **env):
     """`zoo ARGS` to its end; asserts the exit status and returns (stdout, stderr)."""
-    process = start(*args, **env)
+    process = start(*args, cold=cold, **env)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, f"zoo {' '.join(map(str, args))} ended with {process.returncode}\n{out}\n{err}"
     return out, err

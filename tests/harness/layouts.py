@@ -126,6 +126,7 @@ WORDS = {
 }
 _NUMBERED = {
     **{axis: f"layout.{axis}" for axis in (*AXES, "ep")},
+    "prefetch": "layout.prefetch",
     "virtual": "layout.pp_virtual",
     "layers": "layers",
     "rows": "data.global_batch",

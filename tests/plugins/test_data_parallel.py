@@ -17,7 +17,7 @@ from zoo.core.mesh.degrees import Degrees
 from zoo.plugins.parallel.data_parallel.ddp import ReplicatedData
 from zoo.plugins.parallel.data_parallel.fsdp import FullyShardedData
 from zoo.plugins.parallel.data_parallel.zero1 import ShardedOptimizer
-from zoo.testing import ranks
+from zoo.testing import CollectiveCounter, ranks
 
 EVERY = (FullyShardedData(), ReplicatedData(), ShardedOptimizer())
 NAMES = ("fsdp", "ddp", "zero1")
@@ -176,3 +176,40 @@ def test_bfloat16_arithmetic_over_float32_weights_whatever_holds_them():
             # Sums are of float32: all three differ among each other by far less than bfloat16 rounds.
             torch.testing.assert_close(value, results["fsdp"][1][key], rtol=1e-4, atol=1e-6)
             assert (value - exact[key]).norm() < 0.2 * exact[key].norm(), (name, key)
+
+
+# How far ahead weights are gathered ---------------------------------------------------------------
+
+
+def gathers_before_the_first_block(chosen):
+    """On a rank: how often weights were gathered in a step when its first block begins to compute."""
+    run, seen = layouts.Run(chosen), []
+    with CollectiveCounter() as wire:
+        run.model.model.layers["0"].self_attn.register_forward_pre_hook(lambda *_: seen.append(gathers(wire)))
+        run.step()
+    return seen[0]
+
+
+def gathers(wire):
+    return sum(total.messages for (kind, _), total in wire.totals.items() if kind == "all_gather")
+
+
+@pytest.mark.dist
+def test_weights_are_gathered_as_many_blocks_ahead_as_was_asked_for():
+    found = [
+        ranks.run(2, gathers_before_the_first_block, layouts.choose("llama", f"dp_shard2 layers4 {word}"))
+        for word in ("prefetch1", "prefetch2", "prefetch3")
+    ]
+    (plain, _), *_ = found
+    assert found == [[plain] * 2, [plain + 2] * 2, [plain + 3] * 2]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("model", "words"), [("llama", "dp_shard2 layers4"), ("mixtral", "dp_shard2 ep2 layers4")])
+def test_numbers_do_not_depend_on_how_far_ahead_weights_are_gathered(model, words):
+    layouts.check([model], f"{words} prefetch3")
+
+
+def test_no_blocks_ahead_is_refused(capsys):
+    assert main(["plan", "llama3", "--dp-shard", "2", "--set", "layout.prefetch=0"]) == 2
+    assert "layout.prefetch" in capsys.readouterr().err

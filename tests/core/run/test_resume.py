@@ -39,7 +39,10 @@ FIELDS = {
     **{f"optim.{name}": BY_LOOP for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "clip")},
     **{f"schedule.{name}": BY_LOOP for name in ("steps", "warmup", "decay", "final")},
     **{f"layout.{name}": TAKES_EFFECT for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "degrees")},
-    **{f"layout.{name}": TAKES_EFFECT for name in ("data_parallel", "reshard", "cp_scheme", "cp_balance", "cp_wire")},
+    **{
+        f"layout.{name}": TAKES_EFFECT
+        for name in ("data_parallel", "reshard", "prefetch", "cp_scheme", "cp_balance", "cp_wire")
+    },
     **{f"layout.{name}": TAKES_EFFECT for name in ("pp_schedule", "pp_virtual", "timeout", "sequence_parallel")},
     "layout.overlap_tensor": TAKES_EFFECT,
     "attention.backend": TAKES_EFFECT,

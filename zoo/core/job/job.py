@@ -93,6 +93,8 @@ class LayoutSection:
     """How weights live over dp_replicate x dp_shard x cp: fsdp, zero1, ddp; auto is fsdp."""
     reshard: bool = True
     """Under fsdp, whether a block's weights are given up after its forward and gathered again for its backward."""
+    prefetch: int = number(1, Span(1, 64))
+    """Under fsdp, how many blocks ahead weights are gathered: more hides slower links, and takes memory."""
     cp_scheme: str = "auto"
     """A scheme for all layers, or two, `ring,halo`: for layers without a sliding window and for those with one."""
     cp_balance: str = "auto"

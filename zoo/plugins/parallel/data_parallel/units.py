@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -93,6 +93,18 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout, *, r
         ),
         dense=lambda unit: fully_shard(unit, mesh=mesh["hsdp"], mp_policy=policy, reshard_after_forward=after),
     )
+    # FSDP2 gathers one block ahead by itself.
+    if layout.settings.prefetch > 1:
+        _gather_ahead([model.get_submodule(name) for name in find_modules(model, plan.block)], layout.settings.prefetch)
+
+
+def _gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
+    """Let each block ask for the weights of so many after it, and in backward of so many before it."""
+    for at, block in enumerate(blocks):
+        inside = [module for module in block.modules() if module is not block and isinstance(module, FSDPModule)]
+        after, before = blocks[at + 1 : at + 1 + count], blocks[max(0, at - count) : at]
+        _unit(block).set_modules_to_forward_prefetch([*inside, *map(_unit, after)])
+        _unit(block).set_modules_to_backward_prefetch([_unit(module) for module in reversed(before)])
 
 
 def sharding_objection(layout: Layout) -> str | None:
