@@ -1,5 +1,6 @@
 """What all tests have in common: an environment that is the same everywhere, and fixtures of several folders."""
 
+import gc
 import os
 from collections import Counter
 
@@ -41,3 +42,8 @@ def pytest_collection_modifyitems(items):
     starts_ranks = {item.path for item in items if item.get_closest_marker("dist")}
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in starts_ranks, tests[item.path] if item.path in starts_ranks else 0))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so looking through it again for garbage would find nothing."""
+    gc.freeze()

@@ -50,8 +50,9 @@ TIMEOUT_S = 900.0
 _DEATH_S = 1.0
 """How long after a rank failed the end of another one may come to be known."""
 
-MANY_THREADS = 100
-"""Every process group has threads, which outlive it. Ranks with more than so many are replaced by new ones."""
+MANY_THREADS = 40
+"""Every process group has threads, which outlive it and wake up a hundred times a second. Ranks with more than so many
+are replaced by new ones, which takes less than a tenth of a second each."""
 
 
 class RankError(AssertionError):
