@@ -184,7 +184,7 @@ def test_what_a_rank_says_is_said_in_one_line(bench, tmp_path):
 
 KERNEL = """
 from zoo import hookimpl
-from zoo.core.contracts import AttentionEntry
+from zoo import AttentionEntry
 
 @hookimpl
 def zoo_register_attention():

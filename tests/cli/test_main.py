@@ -17,7 +17,7 @@ HEAD = "from zoo import *\n"
 COMMANDS = """
 import click
 from zoo import hookimpl
-from zoo.core.contracts import CommandEntry
+from zoo import CommandEntry
 
 @hookimpl
 def zoo_register_commands():

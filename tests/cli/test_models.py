@@ -12,7 +12,7 @@ SHAPE = ("LAYERS", "HIDDEN", "HEADS", "KV", "CONTEXT", "VOCAB")
 CUT = ("CP", "TP", "EP", "PP")
 MODEL = """
 from zoo import hookimpl
-from zoo.core.contracts import ModelEntry
+from zoo import ModelEntry
 
 @hookimpl
 def zoo_register_models():

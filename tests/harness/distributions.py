@@ -8,7 +8,7 @@ import pytest
 
 ENTRIES = """
     from zoo import hookimpl
-    from zoo.core.contracts import AttentionEntry, CommandEntry, ModelEntry
+    from zoo import AttentionEntry, CommandEntry, ModelEntry
 
     @hookimpl
     def zoo_register_attention():

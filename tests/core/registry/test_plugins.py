@@ -12,7 +12,7 @@ from zoo.core.registry.loading import Plugins, differences
 
 GOOD = """
     from zoo import hookimpl
-    from zoo.core.contracts import AttentionEntry
+    from zoo import AttentionEntry
 
     @hookimpl
     def zoo_register_attention():
