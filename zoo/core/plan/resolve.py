@@ -68,7 +68,7 @@ class Resolver:
         try:
             return self.check(job)
         except (LayoutError, FitError) as error:
-            found = nearest(job, self._works, self.machine)
+            found = [] if self._never_fits(job) else nearest(job, self._works, self.machine)
             if not found:
                 raise
             reason = error.reason if isinstance(error, LayoutError) else str(error)
@@ -94,6 +94,13 @@ class Resolver:
         """Return a layout and the adapters that apply to it; nobody is asked whether they can."""
         layout = self._layout(self._settled(job), degrees)
         return layout, self._applying(layout)
+
+    def _never_fits(self, job: Job) -> bool:
+        """Return whether ranks that share one memory would need more than it has, however they cut the state."""
+        machine = self.machine
+        if not machine.shared or machine.memory is None or machine.per_node != machine.ranks:
+            return False
+        return state_bytes(self._layout(self._settled(job), Degrees()), frozenset()) > machine.memory
 
     def _works(self, job: Job) -> bool:
         try:
