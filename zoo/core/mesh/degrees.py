@@ -70,9 +70,9 @@ def flag(axis: str) -> str:
     return "--" + axis.replace("_", "-")
 
 
-def divisors(number: int) -> list[int]:
+def divisors(number: int) -> tuple[int, ...]:
     """Return the divisors of a number, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
 def coordinates(degrees: Degrees, rank: int) -> dict[str, int]:

@@ -16,9 +16,9 @@ _EXPERTS = ("num_local_experts", "num_experts")
 class AxisLimits:
     """The degrees that an axis may have; None where the fields do not say. `cp` takes any degree up to the tokens."""
 
-    tp: Sequence[int] | None
+    tp: tuple[int, ...] | None
     """Those that deal out the query heads and the K/V heads of every layer evenly."""
-    ep: Sequence[int] | None
+    ep: tuple[int, ...] | None
     """Those that deal out the experts evenly; None for a model without experts."""
     pp: int | None
     """At most this many, for a stage holds a layer at least."""
