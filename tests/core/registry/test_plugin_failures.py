@@ -9,7 +9,7 @@ from zoo.core.registry.failures import named
 from zoo.core.registry.loading import Plugins
 from zoo.plugins.attention import dense
 
-HEAD = "from zoo import *\nfrom zoo.core.errors import DataError\n"
+HEAD = "import zoo\nfrom zoo import *\nfrom zoo.core.errors import DataError\n"
 BROKEN = """
 @hookimpl
 def zoo_register_attention(): return [AttentionEntry(name="bad", target="zoo_bad:Kernel")]
