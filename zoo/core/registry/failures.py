@@ -92,7 +92,8 @@ class _Owners:
 
     def __init__(self, plugins: Plugins) -> None:
         self._statuses = [status for status in plugins.statuses if status.ok]
-        self._installed = {status.dist: _installed_files(status.dist) for status in self._statuses}
+        self._installed: dict[str, frozenset[str]] = {}
+        """Files of distributions that were asked about: to list those of one takes tens of milliseconds."""
 
     def of(self, places: Sequence[_Place]) -> _Found | None:
         """Return the innermost of some places that is in the files of a plugin, and the plugin."""
@@ -116,7 +117,12 @@ class _Owners:
             return 3
         if place.file.startswith(_folder(own, whole=not source.builtin)):
             return 2
-        return int(not source.builtin and place.file in self._installed[source.dist])
+        return int(not source.builtin and place.file in self._files_of(source.dist))
+
+    def _files_of(self, dist: str) -> frozenset[str]:
+        if dist not in self._installed:
+            self._installed[dist] = _installed_files(dist)
+        return self._installed[dist]
 
 
 def _folder(module: str, *, whole: bool) -> str:
