@@ -5,6 +5,7 @@ import torch.distributed  # noqa: F401  (what a rank that lost its peers has imp
 
 from tests.harness.distributions import status_of
 from zoo.core.errors import DataError, PluginFailed
+from zoo.core.registry import failures
 from zoo.core.registry.failures import named
 from zoo.core.registry.loading import Plugins
 from zoo.plugins.attention import dense
@@ -101,3 +102,10 @@ def test_what_no_plugin_raised_stays(bad):
     error = raised(int, "x")
     assert named(error, plugins) is error
     assert named(error, None) is error
+
+
+def test_files_are_listed_only_where_a_strangers_code_may_have_failed(monkeypatch):
+    """To list and resolve those of a distribution takes tens of milliseconds, and an error waits for it."""
+    monkeypatch.setattr(failures, "_installed_files", lambda dist: pytest.fail(f"listed {dist}"))
+    error = raised(dense.Dense().forward, *[None] * 5)
+    assert named(error, Plugins.load()) is error
