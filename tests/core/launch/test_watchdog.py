@@ -131,32 +131,32 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def hearts(tmp_path):
+def heartbeats(tmp_path):
     return [WatchedHeartbeat(tmp_path, rank) for rank in (0, 1)]
 
 
-def test_parts_of_the_start_and_steps_that_end_are_signs_of_life(tmp_path, hearts, clock):
+def test_parts_of_the_start_and_steps_that_end_are_signs_of_life(tmp_path, heartbeats, clock):
     limits = Limits(step=0.5, start=0.5)
     with Watchdog(tmp_path, 2, limits) as watchdog:
         for part in range(8):
-            for heartbeat in hearts:
+            for heartbeat in heartbeats:
                 heartbeat.enters(f"part {part}")
             clock.passes(2 * limits.pause)
         for _ in range(8):
-            for heartbeat in hearts:
+            for heartbeat in heartbeats:
                 heartbeat.beat()
             clock.passes(2 * limits.pause)
-        for heartbeat in hearts:
+        for heartbeat in heartbeats:
             heartbeat.__exit__()
         for _ in range(8):
             clock.passes(2 * limits.pause)
         assert watchdog.verdict is None
 
 
-def test_a_job_that_was_suspended_has_not_hung(tmp_path, hearts, clock):
+def test_a_job_that_was_suspended_has_not_hung(tmp_path, heartbeats, clock):
     """As `scontrol suspend` does it: nobody runs for hours, and then everybody at once."""
     with Watchdog(tmp_path, 2, Limits(step=600, start=600)) as watchdog:
-        for heartbeat in hearts:
+        for heartbeat in heartbeats:
             heartbeat.beat()
         clock.passes(7200)
         clock.passes(7200)

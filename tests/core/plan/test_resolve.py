@@ -106,6 +106,13 @@ EIGHT = Machine(ranks=8, said="--nproc says")
             "--data-parallel zero1 keeps weights",
             ["--data-parallel auto", "--set layout.reshard=true"],
         ),
+        (
+            "llama3",
+            "--dp-shard 2 --data-parallel ddp --set layout.prefetch=3",
+            ANY,
+            "--data-parallel ddp gathers no weights",
+            ["--data-parallel auto", "--set layout.prefetch=1"],
+        ),
         ("llama3", "--cp 4 --cp-scheme hybrid:3", ANY, "1, 2 or 4, not 3", ["--cp 3", "--cp-scheme auto"]),
         ("llama3", "--dp-shard 2 --global-batch 3", ANY, "2 data-parallel ranks", ["--global-batch 4", "--dp-shard 3"]),
         ("llama3", "--cp 3", EIGHT, "needs a multiple of 3 ranks and --nproc says 8", ["--cp 2", "--cp 4"]),

@@ -1,4 +1,4 @@
-"""Packs of the row stream: which documents are packed together, and where the next pack begins."""
+"""Windows of the row stream: which documents are packed together, and where the next window begins."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations, product
 from typing import Any
 
@@ -18,17 +18,7 @@ _SHOWN = 2
 _MOST_CHANGES = 3
 """Where so many change, only those that somebody gave, and numbers to powers of two."""
 _MOST_TRIES = 3000
-_OTHERS = (
-    "pp_schedule",
-    "pp_virtual",
-    "cp_scheme",
-    "cp_balance",
-    "cp_wire",
-    "sequence_parallel",
-    "overlap_tensor",
-    "reshard",
-    "data_parallel",
-)
+_OTHERS = tuple(field.name for field in fields(LayoutSection) if field.name not in (*_DEGREES, "degrees", "timeout"))
 """Settings of the layout that are put back to what they are if nobody says anything."""
 
 

@@ -19,7 +19,7 @@ from zoo.core.job.flags import NEEDS
 from zoo.core.job.job import Job, LayoutSection
 from zoo.core.machine.device import accelerator_type
 from zoo.core.machine.resources import Machine
-from zoo.core.mesh.degrees import Degrees
+from zoo.core.mesh.degrees import Degrees, flag
 from zoo.core.plan.choices import choose_data_parallel
 from zoo.core.plan.memory import state_bytes
 from zoo.core.plan.nearest import nearest
@@ -166,7 +166,7 @@ class Resolver:
         for axis in layout.degrees.in_use():
             if axis not in served:
                 raise LayoutError(
-                    f"--{axis.replace('_', '-')} {layout.degrees[axis]}: no plugin here serves the axis '{axis}'; "
+                    f"{flag(axis)} {layout.degrees[axis]}: no plugin here serves the axis '{axis}'; "
                     f"axes served: {', '.join(sorted(served)) or 'none'}"
                 )
         adapters = self._applying(layout)

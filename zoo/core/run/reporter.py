@@ -32,7 +32,7 @@ class Reporter:
         """The run is over, by an error or not."""
 
 
-class FirstRankVoice(Reporter):
+class FirstRankReporter(Reporter):
     """Writes metrics.jsonl, calls observers and trackers, prints to stderr."""
 
     def __init__(self, run: RunInfo, *, observers: Observers, trackers: Trackers) -> None:

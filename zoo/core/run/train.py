@@ -25,7 +25,7 @@ from zoo.core.registry.loading import Plugins
 from zoo.core.run.agreement import agreed
 from zoo.core.run.determinism import determinism
 from zoo.core.run.nan_trace import first_of_ranks, traced
-from zoo.core.run.reporter import FirstRankVoice, Reporter
+from zoo.core.run.reporter import FirstRankReporter, Reporter
 from zoo.core.run.run import Run
 from zoo.core.run.run_lines import first_empty, nothing_trained, rows_read
 from zoo.core.run.run_lock import alone_in
@@ -198,7 +198,7 @@ def _reporter(run: Run, registry: Registry) -> Reporter:
         fresh.replace(run.path / "config.yaml")
     trackers = Trackers(registry, job.log.track, run.path)
     with _writable(run.path):
-        return FirstRankVoice(run.info, observers=Observers(registry.plugins), trackers=trackers)
+        return FirstRankReporter(run.info, observers=Observers(registry.plugins), trackers=trackers)
 
 
 @contextlib.contextmanager

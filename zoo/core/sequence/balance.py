@@ -44,7 +44,7 @@ def balanced(work: Sequence[tuple[Mask, int]], degree: int) -> SequenceLayout:
     arguments, on the host: all ranks come to the same layout. Raises UsageError if there is no rank or no mask, or if
     the masks are not of one row.
 
-    Packer of the right area always exist: over all places on a circle the mean area of windows of n tokens is n times
+    Windows of the right area always exist: over all places on a circle the mean area of windows of n tokens is n times
     the mean area of a token, and from one place to the next it changes by at most one token's area (Goldberg and West,
     Bisection of circle colorings, 1985). One causal document comes out as the head-tail layout, short documents or
     short windows as nearly contiguous parts.
@@ -66,7 +66,7 @@ def balanced(work: Sequence[tuple[Mask, int]], degree: int) -> SequenceLayout:
 def _place(circle: _Circle, size: int) -> int:
     """Where on the circle the next rank's window of `size` tokens starts.
 
-    Packer at the last gap come first: they leave fewer pieces, and pair what is left of a long document with the
+    Windows at the last gap come first: they leave fewer pieces, and pair what is left of a long document with the
     short ones behind it, whose tokens cost least.
     """
     for near in (True, False):
@@ -218,7 +218,7 @@ class _Circle:
     def places(self, size: int, *, near: bool) -> Ints:
         """Where windows start or stop at a mark, ascending, from a place to the same place or the gap's other side.
 
-        Packer near the last gap lie beside it or over it. Between two of the places the area is a polynomial.
+        Windows near the last gap lie beside it or over it. Between two of the places the area is a polynomial.
         """
         first, last = (self.length - size, size) if near else (0, self.length)
         stops = self._marks(0, last) - size

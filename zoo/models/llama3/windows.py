@@ -12,14 +12,14 @@ from typing import Any
 from zoo import DataError
 from zoo.models.common import Fields
 
-Packer = tuple[int | None, ...]
+Windows = tuple[int | None, ...]
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _DEFAULT = 4096
 """transformers' own, where the field is absent; null means no window."""
 
 
-def read_windows(fields: Fields, model_type: str, num_layers: int) -> Packer:
+def read_windows(fields: Fields, model_type: str, num_layers: int) -> Windows:
     """The window of each layer by the fields of a config.json. Raises DataError."""
     if model_type == "llama":
         return (None,) * num_layers
@@ -37,7 +37,7 @@ def read_windows(fields: Fields, model_type: str, num_layers: int) -> Packer:
     return tuple(window if kind == _SLIDING else None for kind in types)
 
 
-def hub_windows(windows: Packer, model_type: str) -> dict[str, Any]:
+def hub_windows(windows: Windows, model_type: str) -> dict[str, Any]:
     """The fields of a 'mistral' or 'ministral' config.json that say which layer has which window."""
     window = next((window for window in windows if window is not None), None)
     if model_type == "mistral":

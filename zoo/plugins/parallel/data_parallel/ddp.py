@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
-from zoo import Layout, ParallelPlan, StatePart
+from zoo import Layout, LayoutSection, ParallelPlan, StatePart
 from zoo.plugins.parallel.data_parallel import units
 from zoo.plugins.parallel.data_parallel.traffic import account_replicated
 
@@ -27,7 +27,9 @@ class ReplicatedData(units.DataParallelOnceAStep):
     name: ClassVar[str] = "ddp"
 
     def check(self, layout: Layout) -> str | None:
-        """None, or why weights cannot be given up; nothing is cut, so nothing else can be in the way."""
+        """None, or why weights cannot be given up or gathered ahead: they are never cut."""
+        if layout.settings.prefetch != LayoutSection().prefetch:
+            return f"layout.prefetch={layout.settings.prefetch}: --data-parallel {self.name} gathers no weights"
         return units.keeping_objection(layout, self.name)
 
     def apply(self, model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout) -> nn.Module:

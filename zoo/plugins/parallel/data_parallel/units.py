@@ -56,9 +56,16 @@ def casts(layout: Layout) -> bool:
 
 
 def wrap(
-    model: nn.Module, plan: ParallelPlan, *, expert: Callable[[nn.Module], object], dense: Callable[[nn.Module], object]
+    model: nn.Module,
+    plan: ParallelPlan,
+    *,
+    expert: Callable[[nn.Module], object],
+    dense: Callable[[nn.Module], object],
+    ahead: int = 1,
 ) -> None:
     """Give experts, then blocks, then the root to `expert` and `dense`, which make FSDPModules of them in place.
+
+    A block asks for the weights of `ahead` blocks after it, and in backward of so many before it.
 
     Losses are sums over a global count, so gradients add up: the mean over ranks is turned off everywhere.
     """
@@ -68,10 +75,14 @@ def wrap(
     for name in find_modules(model, plan.block):
         dense(model.get_submodule(name))
     dense(model)
-    for name in find_modules(model, plan.block):
+    blocks = find_modules(model, plan.block)
+    for at, name in enumerate(blocks):
         # The router makes the host wait in the middle of the block, too late to send for weights then.
-        inside = [_unit(model.get_submodule(e)) for e in experts if e.startswith(f"{name}.")]
-        _unit(model.get_submodule(name)).set_modules_to_forward_prefetch(inside)
+        inside = [e for e in experts if e.startswith(f"{name}.")]
+        # FSDP2 gathers one block ahead by itself.
+        after, before = (blocks[at + 1 : at + 1 + ahead], blocks[max(0, at - ahead) : at]) if ahead > 1 else ([], [])
+        _unit(model.get_submodule(name)).set_modules_to_forward_prefetch(_units(model, [*inside, *after]))
+        _unit(model.get_submodule(name)).set_modules_to_backward_prefetch(_units(model, before[::-1]))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -92,19 +103,8 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, layout: Layout, *, r
             unit, mesh=mesh["ehsdp"], mp_policy=policy, reshard_after_forward=after, shard_placement_fn=placement
         ),
         dense=lambda unit: fully_shard(unit, mesh=mesh["hsdp"], mp_policy=policy, reshard_after_forward=after),
+        ahead=layout.settings.prefetch,
     )
-    # FSDP2 gathers one block ahead by itself.
-    if layout.settings.prefetch > 1:
-        _gather_ahead([model.get_submodule(name) for name in find_modules(model, plan.block)], layout.settings.prefetch)
-
-
-def _gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
-    """Let each block ask for the weights of so many after it, and in backward of so many before it."""
-    for at, block in enumerate(blocks):
-        inside = [module for module in block.modules() if module is not block and isinstance(module, FSDPModule)]
-        after, before = blocks[at + 1 : at + 1 + count], blocks[max(0, at - count) : at]
-        _unit(block).set_modules_to_forward_prefetch([*inside, *map(_unit, after)])
-        _unit(block).set_modules_to_backward_prefetch([_unit(module) for module in reversed(before)])
 
 
 def sharding_objection(layout: Layout) -> str | None:
@@ -139,6 +139,10 @@ def _divides(experts: ExpertShape, ranks: int) -> bool:
 def _across(ranks: int) -> Callable[[nn.Parameter], Shard]:
     """Dim 1, so that few experts go over many ranks and `ep` keeps dim 0; dim 0, unevenly, where dim 1 cannot."""
     return lambda parameter: Shard(1 if parameter.ndim > 1 and parameter.shape[1] % ranks == 0 else 0)
+
+
+def _units(model: nn.Module, names: Sequence[str]) -> list[FSDPModule]:
+    return [_unit(model.get_submodule(name)) for name in names]
 
 
 def _unit(module: nn.Module) -> FSDPModule:
